@@ -1,0 +1,101 @@
+// The pybind11 module nfnets_kernels._C. Python checks every argument (nfnets_kernels/ops); here pointers are trusted.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using nfk::DType;
+using Ints = std::vector<int64_t>;
+
+void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); }
+
+void agc(const Ints& weights, const Ints& grads, const Ints& counts, const Ints& lengths, const Ints& weight_dtypes,
+         const Ints& grad_dtypes, double clip_factor, double eps, int norm, double p, int threads) {
+  const nfk::AgcConfig config{clip_factor, eps, p, static_cast<nfk::Norm>(norm)};
+  std::vector<nfk::AgcTensor> tensors;
+  std::vector<nfk::cpu::Task> tasks;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    tensors.push_back({pointer(weights[i]), pointer(grads[i]), static_cast<DType>(weight_dtypes[i]),
+                       static_cast<DType>(grad_dtypes[i]), {counts[i], lengths[i]}});
+    nfk::cpu::append_tasks(tasks, i, tensors[i].units);
+  }
+  const auto kernel = nfk::cpu::kernels().agc;
+  nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
+    kernel(tensors[task.tensor], config, task.first, task.last);
+  });
+}
+
+// One row per weight: weight, gain, out, grad_out, grad_weight, grad_gain, weight dtype, out dtype, units, unit length,
+// columns, transposed.
+void weight_standardize(const std::vector<std::array<int64_t, 12>>& rows, const std::vector<double>& scales, double eps,
+                        int eps_form, bool backward, int threads) {
+  std::vector<nfk::WeightTensor> tensors;
+  std::vector<nfk::cpu::Task> tasks;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto& row = rows[i];
+    tensors.push_back({pointer(row[0]), pointer(row[1]), pointer(row[2]), pointer(row[3]), pointer(row[4]),
+                       pointer(row[5]), static_cast<DType>(row[6]), static_cast<DType>(row[7]), {row[8], row[9]},
+                       row[10], row[11] != 0, scales[i]});
+    nfk::cpu::append_tasks(tasks, i, tensors[i].units);
+  }
+  const auto form = static_cast<nfk::EpsForm>(eps_form);
+  const auto& kernels = nfk::cpu::kernels();
+  const auto kernel = backward ? kernels.weight_standardize_backward : kernels.weight_standardize;
+  nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
+    kernel(tensors[task.tensor], eps, form, task.first, task.last);
+  });
+}
+
+// grad = 0: forward.
+void scaled_activation(int64_t x, int64_t grad, int64_t out, int dtype, int64_t elements, int activation, double scale,
+                       int threads) {
+  const nfk::ActivationTensor tensor{pointer(x), pointer(grad), pointer(out), static_cast<DType>(dtype)};
+  std::vector<nfk::cpu::Task> tasks;
+  nfk::cpu::append_tasks(tasks, 0, {elements, 1});
+  const auto& kernels = nfk::cpu::kernels();
+  const auto kernel = grad ? kernels.scaled_activation_backward : kernels.scaled_activation;
+  nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
+    kernel(tensor, static_cast<nfk::Activation>(activation), scale, task.first, task.last);
+  });
+}
+
+// Addresses in the order of ResidualTensor, 0 for what is absent; grad_h = 0: forward.
+void residual(const std::array<int64_t, 11>& p, int dtype, int64_t samples, int64_t channels, int64_t space,
+              bool channels_last, int activation, double scale, int threads) {
+  const nfk::ResidualTensor tensor{pointer(p[0]), pointer(p[1]), pointer(p[2]),  pointer(p[3]),
+                                   pointer(p[4]), pointer(p[5]), pointer(p[6]),  pointer(p[7]),
+                                   pointer(p[8]), pointer(p[9]), pointer(p[10]), static_cast<DType>(dtype),
+                                   samples,       channels,      space,          channels_last};
+  std::vector<nfk::cpu::Task> tasks;
+  nfk::cpu::append_tasks(tasks, 0, nfk::residual_units(tensor));
+  const auto& kernels = nfk::cpu::kernels();
+  const auto kernel = tensor.grad_h ? kernels.residual_backward : kernels.residual;
+  nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
+    kernel(tensor, static_cast<nfk::Activation>(activation), scale, task.first, task.last);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  m.def("agc", &agc, release_gil());
+  m.def("weight_standardize", &weight_standardize, release_gil());
+  m.def("scaled_activation", &scaled_activation, release_gil());
+  m.def("residual", &residual, release_gil());
+  m.def("isa", [] { return nfk::cpu::kernels().isa; });
+  m.def("select_isa", &nfk::cpu::select_isa);
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+}

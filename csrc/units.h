@@ -1,0 +1,81 @@
+// The unit table: how every multi-tensor op sees its tensors. A tensor of `count` units is `count` dense runs of `length`
+// elements, one behind the other; the order of the elements inside a run is the memory format's business.
+#pragma once
+
+#include <cstdint>
+
+namespace nfk {
+
+// The codes of `nfnets_kernels.backend.DTYPE_CODES`.
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct Units {
+  int64_t count;
+  int64_t length;
+};
+
+struct AgcTensor {
+  const void* weight;
+  void* grad;
+  DType weight_dtype;
+  DType grad_dtype;
+  Units units;
+};
+
+// A weight of `rows x columns` elements per unit. `transposed`: the standardized weight stores a unit as columns x rows
+// (an OIHW weight prepared for a channels_last convolution, or the reverse).
+struct WeightTensor {
+  const void* weight;
+  const void* gain;  // one per unit, of the weight's dtype; null: 1
+  void* out;         // forward: the standardized weight
+  const void* grad_out;
+  void* grad_weight;  // backward, in the weight's layout and dtype
+  void* grad_gain;    // backward; null where gain is
+  DType weight_dtype;
+  DType out_dtype;  // of out and grad_out
+  Units units;
+  int64_t columns;  // rows = units.length / columns
+  bool transposed;
+  double scale;
+};
+
+struct ActivationTensor {
+  const void* x;     // backward: the input, or ReLU's output
+  const void* grad;  // backward: gradient of the output
+  void* out;         // forward: the output; backward: gradient of the input
+  DType dtype;
+};
+
+// (samples, channels, space) in contiguous order, or (samples, space, channels) in channels_last order.
+struct ResidualTensor {
+  const void* f;         // backward: needed for sums only
+  const void* shortcut;  // forward
+  void* h;               // forward
+  void* a;               // forward
+  const void* grad_h;    // backward, like all below
+  const void* grad_a;
+  const void* saved;  // h, or ReLU's output
+  void* grad_shortcut;
+  void* grad_f;         // null where factor is
+  const void* factor;   // (samples, channels) in the accumulation type; null: 1
+  void* sums;           // (samples, channels): gradient of factor; may be null
+  DType dtype;
+  int64_t samples;
+  int64_t channels;
+  int64_t space;
+  bool channels_last;
+};
+
+// Channels that one unit of a channels_last tensor with a factor holds: 512 bytes of float32 per pixel.
+constexpr int64_t kChannelBlock = 128;
+
+inline int64_t channel_blocks(const ResidualTensor& t) { return (t.channels + kChannelBlock - 1) / kChannelBlock; }
+
+// Without a factor every element is a unit; with one, a channel of a sample, or a block of channels where they lie last.
+inline Units residual_units(const ResidualTensor& t) {
+  if (!t.factor) return {t.samples * t.channels * t.space, 1};
+  if (!t.channels_last) return {t.samples * t.channels, t.space};
+  return {t.samples * channel_blocks(t), t.space * kChannelBlock};
+}
+
+}  // namespace nfk
