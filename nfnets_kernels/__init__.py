@@ -1,0 +1,44 @@
+"""Fused kernels for Normalizer-Free networks (NF-ResNet, NFNet; Brock et al. 2021) in PyTorch."""
+
+__version__ = "0.1.0"
+
+from . import backend, diagnostics, functional, models, modules, optim
+from .functional import agc_
+from .modules import (
+    ScaledActivation,
+    ScaledGELU,
+    ScaledReLU,
+    ScaledSiLU,
+    ScaledStdConv2d,
+    SqueezeExcite,
+    StdConv2d,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSConvTranspose2d,
+    WSLinear,
+)
+from .optim import AGC
+
+__all__ = [
+    "AGC",
+    "ScaledActivation",
+    "ScaledGELU",
+    "ScaledReLU",
+    "ScaledSiLU",
+    "ScaledStdConv2d",
+    "SqueezeExcite",
+    "StdConv2d",
+    "WSConv1d",
+    "WSConv2d",
+    "WSConv3d",
+    "WSConvTranspose2d",
+    "WSLinear",
+    "agc_",
+    "backend",
+    "diagnostics",
+    "functional",
+    "models",
+    "modules",
+    "optim",
+]

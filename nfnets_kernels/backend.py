@@ -1,0 +1,163 @@
+"""Which backend serves an op on a device, and why: nothing falls back silently.
+
+Backends register a function per op; `select` chooses one, `describe` tells what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import platform
+from collections.abc import Callable, Collection, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+OPS = ("weight_standardize", "scaled_activation", "residual", "agc")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+
+# Fastest first; a device type that is not named here has the reference alone.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# Codes shared with csrc/units.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    implementation: Any  # what the op's module calls: a function, or a pair of them
+    variants: Collection[str] | None  # the activations it knows; None: all
+
+
+_kernels: dict[tuple[str, str], _Kernel] = {}
+_recorders: list[list[tuple[str, str]]] = []
+
+
+def _import_extension() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("nfnets_kernels._C"), ""
+    except ImportError as error:
+        return None, f"nfnets_kernels._C is not built ({error}); install the package with `pip install .`"
+
+
+# torch is imported above, so the extension shares the OpenMP runtime (and its threads) that torch has loaded.
+extension, _extension_missing = _import_extension()
+
+
+def register(op: str, backend: str, variants: Collection[str] | None = None) -> Callable[[Any], Any]:
+    """Decorator: this is `backend`'s implementation of `op`, for those activations only where variants is given."""
+
+    def decorate(implementation: Any) -> Any:
+        _kernels[op, backend] = _Kernel(implementation, variants)
+        return implementation
+
+    return decorate
+
+
+def unavailable(op: str, backend: str, device: str, variant: str | None = None) -> str | None:
+    """Why `backend` cannot serve `op` (of that activation) on a device type, or None if it can."""
+    if backend not in _PREFERENCE.get(device, ("reference",)):
+        return f"it does not run on {device} tensors"
+    if backend == "cpu" and extension is None:
+        return _extension_missing
+    kernel = _kernels.get((op, backend))
+    if kernel is None:
+        return f"this version has no {backend} kernel for {op}"
+    if variant is not None and kernel.variants is not None and variant not in kernel.variants:
+        return f"its {backend} kernel knows {', '.join(sorted(kernel.variants))}, not {variant}"
+    return None
+
+
+@functools.cache
+def serving(op: str, device: str = "cpu", backend: str = "auto", variant: str | None = None) -> str:
+    """Name of the backend that serves `op` on a device type; `variant` is the activation where an op has one.
+
+    Raises:
+        ValueError: op or backend is unknown, or the backend was asked for by name and cannot serve (with the reason).
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {OPS}, got {op!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend != "auto":
+        reason = unavailable(op, backend, device, variant)
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} cannot serve {op} on {device}: {reason}")
+        return backend
+    return next(b for b in _PREFERENCE.get(device, ("reference",)) if unavailable(op, b, device, variant) is None)
+
+
+def select(op: str, device: str, backend: str = "auto", variant: str | None = None) -> Any:
+    """The implementation of `op` for a device type; see `serving` for the choice and its errors."""
+    name = serving(op, device, backend, variant)
+    for recorder in _recorders:
+        recorder.append((op, name))
+    return _kernels[op, name].implementation
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """Collects the (op, backend) of every op executed inside the `with` block, in order."""
+    record: list[tuple[str, str]] = []
+    _recorders.append(record)
+    try:
+        yield record
+    finally:
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not record]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is built and what serves each op; prints as text."""
+
+    build: dict[str, str]
+    """what was built, and for what"""
+    serving: dict[str, dict[str, str]]
+    """device type -> op -> backend"""
+    reasons: dict[str, dict[str, list[str]]]
+    """device type -> op -> why each preferred backend does not serve it, or not all of it"""
+
+    def __str__(self) -> str:
+        lines = [f"{key}: {value}" for key, value in self.build.items()]
+        for device, ops in self.serving.items():
+            lines.append(f"on {device} tensors:")
+            for op, backend in ops.items():
+                reasons = "; ".join(self.reasons[device][op])
+                lines.append(f"  {op:<20} {backend}" + (f"  ({reasons})" if reasons else ""))
+        return "\n".join(lines)
+
+
+def _reasons(op: str, device: str) -> list[str]:
+    preference = _PREFERENCE[device]
+    served = serving(op, device)
+    skipped = preference[: preference.index(served)]
+    reasons = [f"not {b}: {unavailable(op, b, device)}" for b in skipped]
+    variants = _kernels[op, served].variants
+    if variants is not None:
+        reasons.append(f"for {', '.join(sorted(variants))}; the reference serves the others")
+    return reasons
+
+
+def describe() -> Description:
+    """What was built, which backend serves each op on CPU and CUDA tensors, and why not a preferred one."""
+    from . import __version__
+
+    build = {"nfnets_kernels": __version__, "torch": torch.__version__, "machine": platform.machine()}
+    if extension is None:
+        build["CPU kernels"] = _extension_missing
+    else:
+        threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "no OpenMP: one thread"
+        build["CPU kernels"] = f"built; instruction set {extension.isa()}; {threads}"
+    build["CUDA device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible to torch"
+    return Description(
+        build=build,
+        serving={device: {op: serving(op, device) for op in OPS} for device in _PREFERENCE},
+        reasons={device: {op: _reasons(op, device) for op in OPS} for device in _PREFERENCE},
+    )
+
+
+if __name__ == "__main__":
+    print(describe())

@@ -1,0 +1,5 @@
+"""The contract of every op: its torch.library schema, fake, gradient, argument checks and the choice of backend."""
+
+from . import agc, residual, scaled_activation, weight_standardize
+
+__all__ = ["agc", "residual", "scaled_activation", "weight_standardize"]

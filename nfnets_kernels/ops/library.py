@@ -1,0 +1,67 @@
+"""The torch.library namespace `nfnets_kernels`, and what all ops share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The Library object must live as long as its registrations.
+LIBRARY = torch.library.Library("nfnets_kernels", "DEF")
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines an op for every device and returns its callable; the implementation chooses the backend."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nfnets_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.nfnets_kernels, name).default
+
+
+def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Registers the gradient of an op defined above."""
+    torch.library.register_autograd(f"nfnets_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the tensor is a dense one of a floating dtype that the kernels know."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must have one of the dtypes {FLOAT_DTYPES}, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def channels_last_format(tensor: Tensor) -> torch.memory_format:
+    """The channels-last memory format of that many dims, contiguous where there is none."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.contiguous_format)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor lies in channels-last order and not in contiguous order too."""
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last_format(tensor))
+
+
+def dense_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor in the memory order of a contiguous or channels-last tensor; contiguous for any other."""
+    memory_format = torch.preserve_format if is_unit_dense(tensor) else torch.contiguous_format
+    return torch.empty_like(tensor, dtype=dtype, memory_format=memory_format)
+
+
+def is_unit_dense(tensor: Tensor) -> bool:
+    """Whether each index of dim 0 is one dense run of memory and the runs lie one behind the other."""
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=channels_last_format(tensor))

@@ -1,0 +1,187 @@
+"""`residual`: the end of a block and the start of the next one in one pass.
+
+`h = alpha * skip_gain * keep * gate * f + shortcut` and `a = scale * act(h)`, with gate = 2 * sigmoid(se).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import backend as backends
+from ..reference import residual as reference
+from ..reference.scaled_activation import GAMMA, function_key
+from .library import (
+    check_choice,
+    check_float,
+    check_same_device,
+    define,
+    dense_like,
+    is_channels_last,
+    register_autograd,
+)
+from .scaled_activation import APPROXIMATIONS, CPU_CODES, aligned, saves_output
+
+# The elementwise ones: h and a have one shape.
+ACTIVATIONS = tuple(name for name in GAMMA if name not in ("glu", "log_softmax"))
+
+
+def check(
+    f: Tensor,
+    shortcut: Tensor,
+    skip_gain: Tensor | None,
+    se: Tensor | None,
+    keep: Tensor | None,
+    alpha: float,
+    activation: str,
+    scale: float,
+    approximate: str,
+) -> None:
+    """Raises ValueError or TypeError naming the first bad argument."""
+    check_float("f", f)
+    check_float("shortcut", shortcut)
+    if f.ndim < 2:
+        raise ValueError(f"f must have shape (N, C, ...), got {tuple(f.shape)}")
+    if shortcut.shape != f.shape or shortcut.dtype != f.dtype:
+        raise ValueError(
+            f"shortcut must have f's shape {tuple(f.shape)} and dtype {f.dtype}, "
+            f"got {tuple(shortcut.shape)} and {shortcut.dtype}"
+        )
+    shapes = {"skip_gain": (), "se": tuple(f.shape[:2]), "keep": tuple(f.shape[:1])}
+    for name, tensor in (("shortcut", shortcut), ("skip_gain", skip_gain), ("se", se), ("keep", keep)):
+        if tensor is None:
+            continue
+        check_float(name, tensor)
+        check_same_device(name, tensor, "f", f)
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("approximate", approximate, APPROXIMATIONS)
+    for name, value in (("alpha", alpha), ("scale", scale)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _fake(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+    return dense_like(f), dense_like(f)
+
+
+def _forward(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+    key = function_key(activation, approximate)
+    kernel, _ = backends.select("residual", f.device.type, backend, key)
+    h, a = dense_like(f), dense_like(f)
+    kernel(f, shortcut, reference.factor(f, skip_gain, se, keep, alpha), key, scale, h, a)
+    return h, a
+
+
+def _fake_backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+    """[gradient of shortcut], and where the branch has a factor [gradient of f, sums over space]."""
+    grads = [dense_like(saved)]
+    if not (alpha == 1.0 and skip_gain is None and se is None and keep is None):
+        grads.append(dense_like(saved))
+    if f is not None:
+        acc = torch.float64 if saved.dtype == torch.float64 else torch.float32
+        grads.append(saved.new_empty(saved.shape[:2], dtype=acc))
+    return grads
+
+
+def _backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+    key = function_key(activation, approximate)
+    _, kernel = backends.select("residual", saved.device.type, backend, key)
+    grads = _fake_backward(
+        grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend
+    )
+    product = reference.factor(saved, skip_gain, se, keep, alpha)
+    grad_f = grads[1] if product is not None else None
+    sums = grads[-1] if f is not None else None
+    kernel(grad_h, grad_a, f, saved, product, key, scale, grads[0], grad_f, sums)
+    return grads
+
+
+def _reference_forward(f, shortcut, product, key, scale, h, a):
+    for out, value in zip((h, a), reference.residual(f, shortcut, product, key, scale), strict=True):
+        out.copy_(value)
+
+
+def _reference_backward(grad_h, grad_a, f, saved, product, key, scale, grad_shortcut, grad_f, sums):
+    values = reference.residual_backward(grad_h, grad_a, f, saved, product, key, scale)
+    for out, value in zip((grad_shortcut, grad_f, sums), values, strict=True):
+        if out is not None:
+            out.copy_(value)
+
+
+backends.register("residual", "reference")((_reference_forward, _reference_backward))
+
+
+def _cpu_call(tensors, like, key, scale):
+    """tensors: in the order of csrc/units.h's ResidualTensor; `like` gives shape and memory order."""
+    assert backends.extension is not None
+    samples, channels = like.shape[:2]
+    backends.extension.residual(
+        [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        backends.DTYPE_CODES[like.dtype],
+        samples,
+        channels,
+        like[0, 0].numel() if like.numel() else 0,
+        is_channels_last(like),
+        CPU_CODES[key],
+        scale,
+        torch.get_num_threads(),
+    )
+
+
+def _cpu_forward(f, shortcut, product, key, scale, h, a):
+    _cpu_call([aligned(f, h), aligned(shortcut, h), h, a, *[None] * 5, product, None], h, key, scale)
+
+
+def _cpu_backward(grad_h, grad_a, f, saved, product, key, scale, grad_shortcut, grad_f, sums):
+    like = grad_shortcut
+    if sums is not None:
+        sums.zero_()  # in channels_last order the kernel adds pixel by pixel
+    grad_h, grad_a, saved = (aligned(tensor, like) for tensor in (grad_h, grad_a, saved))
+    f = None if f is None else aligned(f, like)
+    _cpu_call([f, None, None, None, grad_h, grad_a, saved, grad_shortcut, grad_f, product, sums], like, key, scale)
+
+
+backends.register("residual", "cpu", variants=tuple(CPU_CODES))((_cpu_forward, _cpu_backward))
+
+
+def _setup_context(ctx, inputs, output):
+    f, _, skip_gain, se, keep, alpha, activation, scale, approximate, backend = inputs
+    ctx.arguments = alpha, activation, scale, approximate, backend
+    has_factor_grad = skip_gain is not None or se is not None or keep is not None
+    saved = output[1] if saves_output(activation, scale) else output[0]
+    ctx.save_for_backward(f if has_factor_grad else None, saved, skip_gain, se, keep)
+
+
+def _gradients(ctx, grad_h, grad_a):
+    alpha, activation, scale, approximate, backend = ctx.arguments
+    f, saved, skip_gain, se, keep = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again
+        key = function_key(activation, approximate)
+        product = reference.factor(saved, skip_gain, se, keep, alpha)
+        grad_shortcut, grad_f, sums = reference.residual_backward(grad_h, grad_a, f, saved, product, key, scale)
+    else:
+        grads = residual_backward(
+            grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend
+        )
+        grad_shortcut, sums = grads[0], grads[-1] if f is not None else None
+        grad_f = grads[1] if len(grads) > 1 else grads[0]
+    if sums is None:
+        return grad_f, grad_shortcut, *[None] * 8
+    return grad_f, grad_shortcut, *reference.factor_backward(sums, saved, skip_gain, se, keep, alpha), *[None] * 5
+
+
+residual = define(
+    "residual(Tensor f, Tensor shortcut, Tensor? skip_gain, Tensor? se, Tensor? keep, float alpha, str activation, "
+    "float scale, str approximate, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+residual_backward = define(
+    "residual_backward(Tensor grad_h, Tensor grad_a, Tensor? f, Tensor saved, Tensor? skip_gain, Tensor? se, "
+    "Tensor? keep, float alpha, str activation, float scale, str approximate, str backend) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+register_autograd("residual", _gradients, _setup_context)

@@ -1,0 +1,127 @@
+"""`scaled_activation`: `scale * f(x)` in one read and one write, and its gradient in two reads and one write."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import backend as backends
+from ..reference import scaled_activation as reference
+from .library import check_choice, check_float, define, register_autograd
+
+APPROXIMATIONS = ("none", "tanh")
+
+# csrc/kernels/scaled_activation.h, `Activation`.
+CPU_CODES = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+
+
+def check_options(name: str, scale: float, approximate: str) -> None:
+    """Raises ValueError naming the first bad option."""
+    check_choice("name", name, tuple(reference.GAMMA))
+    check_choice("approximate", approximate, APPROXIMATIONS)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale (gamma * beta) must be finite, got {scale}")
+
+
+def check(x: Tensor, name: str, scale: float, approximate: str) -> None:
+    """Raises ValueError or TypeError naming the first bad argument."""
+    check_float("x", x)
+    check_options(name, scale, approximate)
+    if name in ("glu", "log_softmax") and x.ndim <= reference.CHANNEL_DIM:
+        raise ValueError(f"x must have a channel dim {reference.CHANNEL_DIM} for {name}, got shape {tuple(x.shape)}")
+    if name == "glu" and x.shape[reference.CHANNEL_DIM] % 2:
+        raise ValueError(f"x must have an even number of channels for glu, got shape {tuple(x.shape)}")
+
+
+def saves_output(key: str, scale: float) -> bool:
+    """Whether the gradient needs the output instead of the input: then the input can be freed or overwritten.
+
+    ReLU's output is positive where its input is, as long as scaling cannot round a subnormal to zero.
+    """
+    return key == "relu" and scale >= 1.0
+
+
+def aligned(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor itself if it has the strides of `like`, a dense tensor; otherwise a copy that has."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def _fake(x, name, scale, approximate, backend):
+    if name != "glu":
+        return torch.empty_like(x)
+    shape = list(x.shape)
+    shape[reference.CHANNEL_DIM] //= 2
+    return x.new_empty(shape)
+
+
+def _forward(x, name, scale, approximate, backend):
+    key = reference.function_key(name, approximate)
+    out = _fake(x, name, scale, approximate, backend)
+    backends.select("scaled_activation", x.device.type, backend, key)(x, None, key, scale, out)
+    return out
+
+
+def _fake_backward(grad, saved, name, scale, approximate, backend):
+    return torch.empty_like(saved)
+
+
+def _backward(grad, saved, name, scale, approximate, backend):
+    key = reference.function_key(name, approximate)
+    out = torch.empty_like(saved)
+    backends.select("scaled_activation", saved.device.type, backend, key)(saved, grad, key, scale, out)
+    return out
+
+
+@backends.register("scaled_activation", "reference")
+def _reference(x, grad, key, scale, out):
+    if grad is None:
+        out.copy_(reference.scaled_activation(x, key, scale))
+    else:
+        out.copy_(reference.scaled_activation_backward(grad, x, key, scale))
+
+
+@backends.register("scaled_activation", "cpu", variants=tuple(CPU_CODES))
+def _cpu(x, grad, key, scale, out):
+    assert backends.extension is not None
+    x = aligned(x, out)
+    grad = grad if grad is None else aligned(grad, out)
+    backends.extension.scaled_activation(
+        x.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        out.data_ptr(),
+        backends.DTYPE_CODES[x.dtype],
+        x.numel(),
+        CPU_CODES[key],
+        scale,
+        torch.get_num_threads(),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, name, scale, approximate, backend = inputs
+    ctx.arguments = name, scale, approximate, backend
+    key = reference.function_key(name, approximate)
+    ctx.save_for_backward(output if saves_output(key, scale) else x)
+
+
+def _gradient(ctx, grad):
+    name, scale, approximate, backend = ctx.arguments
+    (saved,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again
+        key = reference.function_key(name, approximate)
+        grad_x = reference.scaled_activation_backward(grad, saved, key, scale)
+    else:
+        grad_x = scaled_activation_backward(grad, saved, name, scale, approximate, backend)
+    return grad_x, None, None, None, None
+
+
+scaled_activation = define(
+    "scaled_activation(Tensor x, str name, float scale, str approximate, str backend) -> Tensor", _forward, _fake
+)
+scaled_activation_backward = define(
+    "scaled_activation_backward(Tensor grad, Tensor saved, str name, float scale, str approximate, str backend) "
+    "-> Tensor",
+    _backward,
+    _fake_backward,
+)
+register_autograd("scaled_activation", _gradient, _setup_context)

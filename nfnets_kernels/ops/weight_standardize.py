@@ -1,0 +1,203 @@
+"""`weight_standardize`: scaled weight standardization and conv preparation of a list of weights in one pass."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backend as backends
+from ..reference import weight_standardize as reference
+from .library import (
+    FLOAT_DTYPES,
+    channels_last_format,
+    check_choice,
+    check_float,
+    check_same_device,
+    define,
+    dense_like,
+    is_channels_last,
+    is_unit_dense,
+    register_autograd,
+)
+
+EPS_FORMS = ("clamp", "add")
+MEMORY_FORMATS = ("preserve", "contiguous", "channels_last")
+
+
+def _check_weight(i: int, weight: Tensor, gain: Tensor | None) -> None:
+    check_float(f"weights[{i}]", weight)
+    if weight.ndim < 2:
+        raise ValueError(f"weights[{i}] must have a dim of units and a fan-in, got shape {tuple(weight.shape)}")
+    if weight.numel() > 0 and weight[0].numel() == 1:
+        raise ValueError(f"weights[{i}] of shape {tuple(weight.shape)} has a fan_in of 1, which standardizes to zero")
+    if gain is None:
+        return
+    if gain.numel() != weight.shape[0]:
+        raise ValueError(f"gains[{i}] must have one value per unit ({weight.shape[0]}), got shape {tuple(gain.shape)}")
+    if gain.dtype != weight.dtype:
+        raise TypeError(f"gains[{i}] must have the weight's dtype {weight.dtype}, got {gain.dtype}")
+    check_same_device(f"gains[{i}]", gain, f"weights[{i}]", weight)
+
+
+def one_each(gains: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gain of each weight: `gains` holds one per weight or, where every gain is 1, none at all."""
+    return gains or [None] * len(weights)
+
+
+def check(
+    weights: list[Tensor],
+    gains: list[Tensor],
+    scales: list[float],
+    eps: float,
+    eps_form: str,
+    dtype: torch.dtype | None,
+    memory_format: str,
+) -> None:
+    """Raises ValueError or TypeError naming the first bad argument."""
+    if len(scales) != len(weights):
+        raise ValueError(f"scales must hold one value per weight ({len(weights)}), got {len(scales)}")
+    if gains and len(gains) != len(weights):
+        raise ValueError(f"gains must hold one tensor per weight ({len(weights)}) or none, got {len(gains)}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    check_choice("eps_form", eps_form, EPS_FORMS)
+    check_choice("memory_format", memory_format, MEMORY_FORMATS)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be one of {FLOAT_DTYPES} or None, got {dtype}")
+    for i, (weight, gain, scale) in enumerate(zip(weights, one_each(gains, weights), scales, strict=True)):
+        _check_weight(i, weight, gain)
+        check_same_device(f"weights[{i}]", weight, "weights[0]", weights[0])
+        if not math.isfinite(scale):
+            raise ValueError(f"scales[{i}] must be finite, got {scale}")
+
+
+def _prepared_like(weight: Tensor, dtype: torch.dtype, memory_format: str) -> Tensor:
+    """An empty tensor of the weight's shape whose units are dense, as the kernels write them."""
+    if memory_format == "channels_last":
+        return torch.empty_like(weight, dtype=dtype, memory_format=channels_last_format(weight))
+    if memory_format == "contiguous":
+        return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    return dense_like(weight, dtype)
+
+
+def _fake(weights, gains, scales, eps, eps_form, dtype, memory_format, backend):
+    return [_prepared_like(weight, dtype or weight.dtype, memory_format) for weight in weights]
+
+
+def _forward(weights, gains, scales, eps, eps_form, dtype, memory_format, backend):
+    if not weights:
+        return []
+    outs = _fake(weights, gains, scales, eps, eps_form, dtype, memory_format, backend)
+    kernel = backends.select("weight_standardize", weights[0].device.type, backend)
+    kernel(weights, gains, scales, eps, eps_form, outs=outs)
+    return outs
+
+
+def _backward(grad_outs, weights, gains, scales, eps, eps_form, backend):
+    grad_weights, grad_gains = _fake_backward(grad_outs, weights, gains, scales, eps, eps_form, backend)
+    if weights:
+        kernel = backends.select("weight_standardize", weights[0].device.type, backend)
+        kernel(weights, gains, scales, eps, eps_form, grads=(grad_outs, grad_weights, grad_gains))
+    return grad_weights, grad_gains
+
+
+def _fake_backward(grad_outs, weights, gains, scales, eps, eps_form, backend):
+    return (
+        [dense_like(weight) for weight in weights],
+        [torch.empty_like(gain, memory_format=torch.contiguous_format) for gain in gains],
+    )
+
+
+@backends.register("weight_standardize", "reference")
+def _reference(weights, gains, scales, eps, eps_form, outs=None, grads=None):
+    if grads is None:
+        for weight, gain, scale, out in zip(weights, one_each(gains, weights), scales, outs, strict=True):
+            out.copy_(reference.weight_standardize(weight, gain, scale, eps, eps_form, out.dtype))
+        return
+    grad_outs, grad_weights, grad_gains = grads
+    for i, (weight, gain) in enumerate(zip(weights, one_each(gains, weights), strict=True)):
+        for_weight, for_gain = reference.weight_standardize_backward(
+            grad_outs[i], weight, gain, scales[i], eps, eps_form
+        )
+        grad_weights[i].copy_(for_weight)
+        if for_gain is not None:
+            grad_gains[i].copy_(for_gain)
+
+
+@backends.register("weight_standardize", "cpu")
+def _cpu(weights, gains, scales, eps, eps_form, outs=None, grads=None):
+    assert backends.extension is not None
+    backward = grads is not None
+    others, grad_weights, grad_gains = grads if backward else (outs, [], [])
+    rows, row_scales, alive = [], [], []
+    for i, (weight, gain, other) in enumerate(zip(weights, one_each(gains, weights), others, strict=True)):
+        if weight.numel() == 0:
+            continue
+        weight = weight if is_unit_dense(weight) else weight.contiguous()
+        gain = gain if gain is None else gain.contiguous()
+        other = other if is_unit_dense(other) else other.contiguous()
+        gradients = (grad_weights[i], grad_gains[i] if grad_gains else None) if backward else None
+        rows.append(_row(weight, gain, other, gradients))
+        row_scales.append(scales[i])
+        alive += [weight, gain, other]
+    form = EPS_FORMS.index(eps_form)
+    backends.extension.weight_standardize(rows, row_scales, eps, form, backward, torch.get_num_threads())
+
+
+def _row(weight, gain, other, gradients):
+    """The row of csrc/bindings.cpp; `other` is the output, or where there are gradients to write the output's."""
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    fan_in, kernel_size = weight[0].numel(), weight[0, 0].numel()
+    columns = fan_in // kernel_size if is_channels_last(weight) else kernel_size
+    others = (other, None, None, None) if gradients is None else (None, other, *gradients)
+    return [
+        *map(address, (weight, gain, *others)),
+        backends.DTYPE_CODES[weight.dtype],
+        backends.DTYPE_CODES[other.dtype],
+        weight.shape[0],
+        fan_in,
+        columns,
+        int(is_channels_last(weight) != is_channels_last(other)),
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    weights, gains, scales, eps, eps_form, _, _, backend = inputs
+    ctx.arguments = scales, eps, eps_form, backend
+    ctx.count = len(weights)
+    ctx.save_for_backward(*weights, *gains)
+
+
+def _gradients(ctx, grad_outs):
+    scales, eps, eps_form, backend = ctx.arguments
+    weights, gains = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
+    if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again
+        pairs = [
+            reference.weight_standardize_backward(grad_out, weight, gain, scale, eps, eps_form)
+            for grad_out, weight, gain, scale in zip(grad_outs, weights, one_each(gains, weights), scales, strict=True)
+        ]
+        grad_weights, grad_gains = [pair[0] for pair in pairs], [pair[1] for pair in pairs if gains]
+    else:
+        grad_weights, grad_gains = weight_standardize_backward(
+            list(grad_outs), weights, gains, scales, eps, eps_form, backend
+        )
+    return grad_weights, grad_gains, None, None, None, None, None, None
+
+
+weight_standardize = define(
+    "weight_standardize(Tensor[] weights, Tensor[] gains, float[] scales, float eps, str eps_form, ScalarType? dtype, "
+    "str memory_format, str backend) -> Tensor[]",
+    _forward,
+    _fake,
+)
+weight_standardize_backward = define(
+    "weight_standardize_backward(Tensor[] grad_outs, Tensor[] weights, Tensor[] gains, float[] scales, float eps, "
+    "str eps_form, str backend) -> (Tensor[], Tensor[])",
+    _backward,
+    _fake_backward,
+)
+register_autograd("weight_standardize", _gradients, _setup_context)
