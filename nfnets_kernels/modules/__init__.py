@@ -1,0 +1,21 @@
+"""Drop-in modules on top of the ops."""
+
+from .activation import ScaledActivation, ScaledGELU, ScaledReLU, ScaledSiLU
+from .conv import ScaledStdConv2d, StdConv2d, WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d
+from .linear import WSLinear
+from .squeeze_excite import SqueezeExcite
+
+__all__ = [
+    "ScaledActivation",
+    "ScaledGELU",
+    "ScaledReLU",
+    "ScaledSiLU",
+    "ScaledStdConv2d",
+    "SqueezeExcite",
+    "StdConv2d",
+    "WSConv1d",
+    "WSConv2d",
+    "WSConv3d",
+    "WSConvTranspose2d",
+    "WSLinear",
+]

@@ -1,0 +1,5 @@
+"""Optimization of NF networks."""
+
+from .agc import AGC
+
+__all__ = ["AGC"]
