@@ -93,9 +93,14 @@ def serving(op: str, device: str = "cpu", backend: str = "auto", variant: str | 
 def select(op: str, device: str, backend: str = "auto", variant: str | None = None) -> Any:
     """The implementation of `op` for a device type; see `serving` for the choice and its errors."""
     name = serving(op, device, backend, variant)
-    for recorder in _recorders:
-        recorder.append((op, name))
+    record(op, name)
     return _kernels[op, name].implementation
+
+
+def record(op: str, backend: str) -> None:
+    """Tells every `recording` block that `backend` runs `op`."""
+    for recorder in _recorders:
+        recorder.append((op, backend))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ NFK_INLINE Acc two_norm(const Team& team, const T* x, int64_t n) {
 }
 
 template <class Team, class T>
-NFK_INLINE typename Accumulate<T>::type unit_norm(const Team& team, const T* x, int64_t n, const AgcConfig& config) {
+NFK_SHARED typename Accumulate<T>::type unit_norm(const Team& team, const T* x, int64_t n, const AgcConfig& config) {
   using Acc = typename Accumulate<T>::type;
   if (config.norm == Norm::two) {
     const Acc norm = two_norm<Acc>(team, x, n);

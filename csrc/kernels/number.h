@@ -7,10 +7,13 @@
 
 #include "../units.h"
 
+// NFK_SHARED: a whole loop over a unit, which host code calls, so that 16 pairs of dtypes share its 4 instances.
 #if defined(__CUDACC__)
 #define NFK_INLINE __host__ __device__ __forceinline__
+#define NFK_SHARED NFK_INLINE
 #else
 #define NFK_INLINE inline __attribute__((always_inline))
+#define NFK_SHARED __attribute__((noinline))
 #endif
 
 namespace nfk {

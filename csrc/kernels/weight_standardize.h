@@ -26,12 +26,12 @@ struct Inverse {
 };
 
 template <class Acc, class Team, class W>
-NFK_INLINE Acc mean_of(const Team& team, const W* weight, int64_t n) {
+NFK_SHARED Acc mean_of(const Team& team, const W* weight, int64_t n) {
   return team.template sum<Acc>(n, [=](int64_t i) { return static_cast<Acc>(load(weight[i])); }) / static_cast<Acc>(n);
 }
 
 template <class Acc, class Team, class W>
-NFK_INLINE Acc squared_deviations_of(const Team& team, const W* weight, Acc mean, int64_t n) {
+NFK_SHARED Acc squared_deviations_of(const Team& team, const W* weight, Acc mean, int64_t n) {
   return team.template sum<Acc>(n, [=](int64_t i) {
     const Acc deviation = static_cast<Acc>(load(weight[i])) - mean;
     return deviation * deviation;

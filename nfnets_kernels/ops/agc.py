@@ -1,9 +1,11 @@
 """`agc_`: adaptive gradient clipping of a list of gradients, in place and in one pass."""
 
 import math
+import operator
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backend as backends
 from ..reference import agc as reference
@@ -38,6 +40,8 @@ def overlaps(tensor: Tensor) -> bool:
 
 def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
     """Raises ValueError or TypeError if this gradient cannot be clipped in place."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if grad.layout != torch.strided:
         raise TypeError(f"{name}.grad must be a dense (strided) tensor, got layout {grad.layout}")
     for what, tensor in ((name, weight), (f"{name}.grad", grad)):
@@ -77,31 +81,74 @@ def _reference(weights, grads, clip_factor, eps, norm_type, rule):
         reference.agc_(weight, grad, clip_factor, eps, norm_type, rule)
 
 
-def _dense(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor if is_unit_dense(tensor) else tensor.contiguous() for tensor in tensors]
+class Table:
+    """The weights' half of the CPU kernel's unit table (csrc/units.h): the half that stays from step to step."""
+
+    def __init__(self, weights: Sequence[Tensor], rule: str) -> None:
+        self.weights = list(weights)
+        self.shapes = [weight.shape for weight in weights]
+        self.dense = [weight if is_unit_dense(weight) else weight.contiguous() for weight in weights]
+        self.pointers = [weight.data_ptr() for weight in self.dense]
+        self.counts = [1 if reference.is_one_unit(shape, rule) else shape[0] for shape in self.shapes]
+        self.lengths = [weight.numel() // count for weight, count in zip(weights, self.counts, strict=True)]
+        self.codes = [backends.DTYPE_CODES[weight.dtype] for weight in weights]
+
+    def fits(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Whether it still describes these weights, and the kernel takes these gradients as they lie.
+
+        A weight that was given other data lies at another address, unless it is a view of the same memory, whose shape
+        the gradients then have.
+        """
+        return (
+            len(weights) == len(self.weights)
+            and all(map(operator.is_, weights, self.weights))
+            and [weight.data_ptr() for weight in weights] == self.pointers
+            and all(
+                type(grad) is Tensor and grad.layout is torch.strided and grad.shape == shape and is_unit_dense(grad)
+                for grad, shape in zip(grads, self.shapes, strict=True)
+            )
+        )
+
+    def clip_(self, grads: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+        """Clips dense gradients of these weights."""
+        assert backends.extension is not None
+        backends.extension.agc(
+            self.pointers,
+            [grad.data_ptr() for grad in grads],
+            self.counts,
+            self.lengths,
+            self.codes,
+            [backends.DTYPE_CODES[grad.dtype] for grad in grads],
+            clip_factor,
+            eps,
+            _NORM_CODES.get(norm_type, 3),
+            norm_type,
+            torch.get_num_threads(),
+        )
 
 
 @backends.register("agc", "cpu")
 def _cpu(weights, grads, clip_factor, eps, norm_type, rule):
-    assert backends.extension is not None
-    dense_weights, dense_grads = _dense(weights), _dense(grads)
-    counts = [1 if reference.is_one_unit(grad.shape, rule) else grad.shape[0] for grad in grads]
-    backends.extension.agc(
-        [weight.data_ptr() for weight in dense_weights],
-        [grad.data_ptr() for grad in dense_grads],
-        counts,
-        [grad.numel() // count for grad, count in zip(grads, counts, strict=True)],
-        [backends.DTYPE_CODES[weight.dtype] for weight in weights],
-        [backends.DTYPE_CODES[grad.dtype] for grad in grads],
-        clip_factor,
-        eps,
-        _NORM_CODES.get(norm_type, 3),
-        norm_type,
-        torch.get_num_threads(),
-    )
-    for grad, dense in zip(grads, dense_grads, strict=True):
-        if grad is not dense:
-            grad.copy_(dense)
+    dense = [grad if is_unit_dense(grad) else grad.contiguous() for grad in grads]
+    Table(weights, rule).clip_(dense, clip_factor, eps, norm_type)
+    for grad, clipped in zip(grads, dense, strict=True):
+        if grad is not clipped:
+            grad.copy_(clipped)
+
+
+def table_for(weights: Sequence[Tensor], rule: str, backend: str) -> Table | None:
+    """A table for reuse, where the CPU kernel serves all of these weights and takes them as they lie."""
+    plain = all(type(w) in (Tensor, nn.Parameter) and w.device.type == "cpu" and w.numel() > 0 for w in weights)
+    if not plain or not all(map(is_unit_dense, weights)) or backends.serving("agc", "cpu", backend) != "cpu":
+        return None
+    return Table(weights, rule)
+
+
+def clip_table_(table: Table, grads: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+    """`agc_` of gradients that fit the table, without dispatcher and checks."""
+    backends.record("agc", "cpu")
+    table.clip_(grads, clip_factor, eps, norm_type)
+    torch.autograd.graph.increment_version(grads)
 
 
 agc_ = define(

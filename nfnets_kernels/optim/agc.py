@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional, ops
@@ -49,12 +51,30 @@ class AGC:
         self.rule = rule
         self.backend = backend
         self.parameters = _included(module_or_params, exclude)
+        self._table: ops.agc.Table | None = None
 
     def clip_(self) -> None:
-        """Clips the gradients that are there now, in place and in one pass."""
-        functional.agc_(
-            self.parameters, self.clip_factor, self.eps, self.norm_type, rule=self.rule, backend=self.backend
-        )
+        """Clips the gradients that are there now, in place and in one pass.
+
+        The first call checks all that `agc_` checks. As long as the parameters stay where they were and the gradients
+        are as plain, the next ones reuse what it collected.
+        """
+        if torch.compiler.is_compiling():
+            self._clip_checked(self.parameters)
+            return
+        weights = [parameter for parameter in self.parameters if parameter.grad is not None]
+        grads: list[Any] = [parameter.grad for parameter in weights]
+        if self._table is None or not self._table.fits(weights, grads):
+            self._clip_checked(weights)
+            self._table = ops.agc.table_for(weights, self.rule, self.backend)
+            return
+        ops.agc.clip_table_(self._table, grads, self.clip_factor, self.eps, self.norm_type)
+
+    def _clip_checked(self, weights: Sequence[Tensor]) -> None:
+        functional.agc_(weights, self.clip_factor, self.eps, self.norm_type, rule=self.rule, backend=self.backend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
 
     def __repr__(self) -> str:
         return (
