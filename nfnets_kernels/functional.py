@@ -98,7 +98,11 @@ def weight_standardize_many(
         TypeError: a dtype or layout that is not accepted.
         ValueError: lengths differ, fan_in is 1, eps is negative or not finite, unknown eps_form or backend.
     """
-    weights = list(weights)
+    if isinstance(weights, Tensor):
+        raise TypeError("weights must be a sequence of tensors, got one tensor; see weight_standardize")
+    weights, gains = list(weights), list(gains)
+    if gains and len(gains) != len(weights):
+        raise ValueError(f"gains must hold one entry per weight ({len(weights)}) or none, got {len(gains)}")
     scales = [1.0] * len(weights) if scales is None else [float(scale) for scale in scales]
     if memory_format not in _FORMAT_NAMES:
         raise ValueError(f"memory_format must be one of {tuple(_FORMAT_NAMES)}, got {memory_format}")
@@ -110,8 +114,6 @@ def weight_standardize_many(
 
 def _fill_missing(weights: Sequence[Tensor], gains: Sequence[Tensor | None]) -> list[Tensor]:
     """Ones for the gains that are None: the op takes a gain for every weight or none at all."""
-    if len(gains) != len(weights):
-        raise ValueError(f"gains must hold one entry per weight ({len(weights)}) or none, got {len(gains)}")
     return [w.new_ones(w.shape[:1]) if gain is None else gain for w, gain in zip(weights, gains, strict=True)]
 
 
@@ -211,15 +213,18 @@ def agc_(
         ValueError: negative or not finite options, a gradient of another shape or device than its parameter, or one
             whose elements share memory. Nothing is written then.
     """
-    ops.agc.check_options(clip_factor, eps, norm_type, rule)
+    ops.agc.check_options(clip_factor, eps, norm_type, rule, backend)
     if isinstance(parameters, Tensor):
         parameters = [parameters]
-    weights, grads = [], []
-    for i, parameter in enumerate(dict.fromkeys(parameters)):
+    if not isinstance(parameters, Iterable) or isinstance(parameters, torch.nn.Module):
+        raise TypeError(f"parameters must be a tensor or an iterable of tensors, got {type(parameters).__name__}")
+    weights, grads, seen = [], [], set()
+    for i, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
         grad = parameter.grad
-        if grad is not None:
+        if grad is not None and parameter not in seen:
+            seen.add(parameter)
             ops.agc.check_gradient(f"parameters[{i}]", parameter, grad)
             weights.append(parameter)
             grads.append(grad)

@@ -44,7 +44,7 @@ struct StreamGradient {
   const T* saved;
   Acc scale;
   NFK_INLINE Acc operator()(int64_t i) const {
-    return load(grad_h[i]) + scale * load(grad_a[i]) * Function<A>::derivative(load(saved[i]));
+    return load(grad_h[i]) + Function<A>::backward(scale * load(grad_a[i]), load(saved[i]));
   }
 };
 

@@ -34,6 +34,20 @@ NFK_INLINE T sigmoid(T x) {
   return static_cast<T>(1) / (static_cast<T>(1) + exponential(-x));
 }
 
+// sigmoid(z) and its derivative, from e = exp(-|z|): 1 - sigmoid(z) would cancel, and x magnify the error.
+template <class T>
+struct Gate {
+  T value;
+  T slope;
+
+  explicit NFK_INLINE Gate(T z) {
+    const T e = exponential(-std::abs(z));
+    const T d = static_cast<T>(1) / (static_cast<T>(1) + e);
+    value = z < static_cast<T>(0) ? e * d : d;
+    slope = e * d * d;
+  }
+};
+
 // The normal distribution function Phi and density phi, as torch.nn.functional.gelu(approximate="none") uses them.
 struct Normal {
   template <class T>
@@ -64,8 +78,8 @@ struct Function<Activation::relu> {
     return x < static_cast<T>(0) ? static_cast<T>(0) : x;
   }
   template <class T>  // x may be the input or the output: both have the same sign
-  static NFK_INLINE T derivative(T x) {
-    return x <= static_cast<T>(0) ? static_cast<T>(0) : static_cast<T>(1);
+  static NFK_INLINE T backward(T grad, T x) {
+    return x <= static_cast<T>(0) ? static_cast<T>(0) : grad;  // not a product: an infinite gradient is masked too
   }
 };
 
@@ -76,9 +90,9 @@ struct Function<Activation::gelu> {
     return x * Normal::distribution(x, Normal::density(x));
   }
   template <class T>
-  static NFK_INLINE T derivative(T x) {
+  static NFK_INLINE T backward(T grad, T x) {
     const T density = Normal::density(x);
-    return Normal::distribution(x, density) + x * density;
+    return grad * (Normal::distribution(x, density) + x * density);
   }
 };
 
@@ -86,18 +100,17 @@ struct Function<Activation::gelu> {
 template <>
 struct Function<Activation::gelu_tanh> {
   template <class T>
-  static NFK_INLINE T gate(T x) {
-    return sigmoid(static_cast<T>(1.5957691216057308) * (x + static_cast<T>(0.044715) * x * x * x));
-  }
-  template <class T>
   static NFK_INLINE T value(T x) {
-    return x * gate(x);
+    return x * sigmoid(static_cast<T>(1.5957691216057308) * (x + static_cast<T>(0.044715) * x * x * x));
   }
+  // Far out the gate's slope is 0, and the bounded square keeps it from meeting an infinity.
   template <class T>
-  static NFK_INLINE T derivative(T x) {
-    const T g = gate(x);
-    const T slope = static_cast<T>(1.5957691216057308) * (static_cast<T>(1) + static_cast<T>(3 * 0.044715) * x * x);
-    return g + x * slope * g * (static_cast<T>(1) - g);
+  static NFK_INLINE T backward(T grad, T x) {
+    const T square = x * x > static_cast<T>(1e4) ? static_cast<T>(1e4) : x * x;
+    const T z = static_cast<T>(1.5957691216057308) * x * (static_cast<T>(1) + static_cast<T>(0.044715) * square);
+    const T slope = static_cast<T>(1.5957691216057308) * (static_cast<T>(1) + static_cast<T>(3 * 0.044715) * square);
+    const Gate<T> gate(z);
+    return grad * (gate.value + x * (slope * gate.slope));
   }
 };
 
@@ -108,9 +121,9 @@ struct Function<Activation::silu> {
     return x * sigmoid(x);
   }
   template <class T>
-  static NFK_INLINE T derivative(T x) {
-    const T s = sigmoid(x);
-    return s * (static_cast<T>(1) + x * (static_cast<T>(1) - s));
+  static NFK_INLINE T backward(T grad, T x) {
+    const Gate<T> gate(x);
+    return grad * (gate.value + x * gate.slope);
   }
 };
 
@@ -125,7 +138,7 @@ template <Activation A, class Team, class T>
 NFK_INLINE void activate_backward(const Team& team, const T* grad, const T* x, T* out, int64_t n, double scale) {
   using Acc = typename Accumulate<T>::type;
   const Acc s = static_cast<Acc>(scale);
-  team.each(n, [=](int64_t i) { out[i] = store<T>(s * load(grad[i]) * Function<A>::derivative(load(x[i]))); });
+  team.each(n, [=](int64_t i) { out[i] = store<T>(Function<A>::backward(s * load(grad[i]), load(x[i]))); });
 }
 
 // Calls f with the activation as a compile-time constant.

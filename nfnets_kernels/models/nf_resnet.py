@@ -7,6 +7,7 @@ standardized weight of the convolution that follows, alpha and skip_gain into th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, ops
 from ..modules import SqueezeExcite, WSConv2d
+from ..ops.library import check_choice
 
 DEPTHS = {
     50: (3, 4, 6, 3),
@@ -175,6 +177,13 @@ class NFResNet(nn.Module):
         for name, rate in (("stochdepth_rate", stochdepth_rate), ("drop_rate", drop_rate)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {rate}")
+        if len(depth) != len(STAGE_WIDTHS):
+            raise ValueError(f"depth must hold the blocks of {len(STAGE_WIDTHS)} stages, got {tuple(depth)}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be finite, got {alpha}")
+        check_choice("activation", activation, ops.residual.ACTIVATIONS)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.activation = activation
         self.gamma = functional.gamma(activation)
@@ -217,7 +226,9 @@ class NFResNet(nn.Module):
             elif isinstance(module, NFResNetBlock):
                 nn.init.zeros_(module.skip_gain)
             elif isinstance(module, nn.Linear):
-                module.reset_parameters()
+                std = module.in_features**-0.5  # haiku's default
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                nn.init.zeros_(module.bias)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 

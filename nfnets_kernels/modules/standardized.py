@@ -7,9 +7,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import functional, ops
 from ..ops.library import is_channels_last
+
+# Fused optimizers write parameters without a new version: every step of any optimizer makes cached weights stale.
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Cached(NamedTuple):
@@ -76,16 +88,18 @@ class Standardized(nn.Module):
         sources = tuple(t for t in (self.weight, self.bias, self.gain, skip_gain) if t is not None)
         if any(t.is_inference() or type(t) is not nn.Parameter for t in sources):  # no version counter, no plain memory
             return self._standardize(dtype, memory_format, skip_gain, alpha)
-        versions = tuple((t.data_ptr(), t._version) for t in sources)
-        key = (versions, dtype, memory_format, alpha, self.gamma, self.eps, self.eps_form)
-        if self._cached is None or self._cached.key != key:
+        versions = tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in sources)
+        key = (versions, _optimizer_steps, dtype, memory_format, alpha, self.gamma, self.eps, self.eps_form)
+        cached = self._cached  # read once: another thread may replace it
+        if cached is None or cached.key != key:
             weight, bias = self._standardize(dtype, memory_format, skip_gain, alpha)
-            self._cached = _Cached(key, tuple(t.detach() for t in sources), weight, bias)
-        return self._cached.weight, self._cached.bias
+            cached = self._cached = _Cached(key, tuple(t.detach() for t in sources), weight, bias)
+        return cached.weight, cached.bias
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
         device = input.device.type
-        if self.weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+        if autocast and self.weight.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
         return self.weight.dtype
 
@@ -93,10 +107,11 @@ class Standardized(nn.Module):
         self, dtype: torch.dtype, memory_format: torch.memory_format, skip_gain: Tensor | None, alpha: float
     ) -> tuple[Tensor, Tensor | None]:
         gain, bias = self.gain, self.bias
+        if bias is not None and (skip_gain is not None or alpha != 1.0):
+            bias = bias * (alpha if skip_gain is None else alpha * skip_gain)
         if skip_gain is not None:
             units = self.unit_axis_first(self.weight).shape[0]
             gain = skip_gain.expand(units) if gain is None else gain * skip_gain
-            bias = None if bias is None else bias * (alpha * skip_gain)
         weight = functional.weight_standardize(
             self.unit_axis_first(self.weight),
             gain,

@@ -17,8 +17,11 @@ RULES = ("timm", "deepmind")
 _NORM_CODES = {2.0: 0, 1.0: 1, math.inf: 2}
 
 
-def check_options(clip_factor: float, eps: float, norm_type: float, rule: str) -> None:
-    """Raises ValueError naming the first bad option."""
+def check_options(clip_factor: float, eps: float, norm_type: float, rule: str, backend: str) -> None:
+    """Raises ValueError or TypeError naming the first bad option."""
+    for name, value in (("clip_factor", clip_factor), ("eps", eps), ("norm_type", norm_type)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(clip_factor) and clip_factor >= 0):
         raise ValueError(f"clip_factor must be finite and not negative, got {clip_factor}")
     if not (math.isfinite(eps) and eps >= 0):
@@ -26,6 +29,7 @@ def check_options(clip_factor: float, eps: float, norm_type: float, rule: str) -
     if not norm_type > 0:
         raise ValueError(f"norm_type must be a p > 0 or inf, got {norm_type}")
     check_choice("rule", rule, RULES)
+    check_choice("backend", backend, backends.BACKENDS)
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -58,9 +62,14 @@ def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
         )
 
 
+@torch.no_grad()  # the tensors may require grad, and what follows is no part of their graph
 def _agc(weights, grads, clip_factor, eps, norm_type, rule, backend):
     by_device: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for weight, grad in zip(weights, grads, strict=True):
+        if weight.shape != grad.shape:
+            raise ValueError(
+                f"grads must have the shapes of weights, got {tuple(grad.shape)} for {tuple(weight.shape)}"
+            )
         if grad.numel():
             pair = by_device.setdefault(grad.device.type, ([], []))
             pair[0].append(weight)
@@ -81,6 +90,10 @@ def _reference(weights, grads, clip_factor, eps, norm_type, rule):
         reference.agc_(weight, grad, clip_factor, eps, norm_type, rule)
 
 
+def _layout(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class Table:
     """The weights' half of the CPU kernel's unit table (csrc/units.h): the half that stays from step to step."""
 
@@ -88,6 +101,7 @@ class Table:
         self.weights = list(weights)
         self.shapes = [weight.shape for weight in weights]
         self.dense = [weight if is_unit_dense(weight) else weight.contiguous() for weight in weights]
+        self.layouts = list(map(_layout, self.weights))
         self.pointers = [weight.data_ptr() for weight in self.dense]
         self.counts = [1 if reference.is_one_unit(shape, rule) else shape[0] for shape in self.shapes]
         self.lengths = [weight.numel() // count for weight, count in zip(weights, self.counts, strict=True)]
@@ -96,13 +110,13 @@ class Table:
     def fits(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Whether it still describes these weights, and the kernel takes these gradients as they lie.
 
-        A weight that was given other data lies at another address, unless it is a view of the same memory, whose shape
-        the gradients then have.
+        A weight that was given other data may lie at the same address: a view of the old, or memory that was freed and
+        given out again.
         """
         return (
             len(weights) == len(self.weights)
             and all(map(operator.is_, weights, self.weights))
-            and [weight.data_ptr() for weight in weights] == self.pointers
+            and list(map(_layout, weights)) == self.layouts
             and all(
                 type(grad) is Tensor and grad.layout is torch.strided and grad.shape == shape and is_unit_dense(grad)
                 for grad, shape in zip(grads, self.shapes, strict=True)

@@ -1,5 +1,6 @@
 """The torch.library namespace `nfnets_kernels`, and what all ops share."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,10 +29,18 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
 
 def check_float(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless the tensor is a dense one of a floating dtype that the kernels know."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {FLOAT_DTYPES}, got {tensor.dtype}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises ValueError for NaN and infinity; by comparison, since math.isfinite breaks a dynamic compile's graph."""
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -3,8 +3,6 @@
 `h = alpha * skip_gain * keep * gate * f + shortcut` and `a = scale * act(h)`, with gate = 2 * sigmoid(se).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from ..reference import residual as reference
 from ..reference.scaled_activation import GAMMA, function_key
 from .library import (
     check_choice,
+    check_finite,
     check_float,
     check_same_device,
     define,
@@ -58,8 +57,7 @@ def check(
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("approximate", approximate, APPROXIMATIONS)
     for name, value in (("alpha", alpha), ("scale", scale)):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
+        check_finite(name, value)
 
 
 def _fake(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend):

@@ -1,13 +1,19 @@
 """`scaled_activation`: `scale * f(x)` in one read and one write, and its gradient in two reads and one write."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import backend as backends
 from ..reference import scaled_activation as reference
-from .library import check_choice, check_float, define, register_autograd
+from .library import (
+    channels_last_format,
+    check_choice,
+    check_finite,
+    check_float,
+    define,
+    is_channels_last,
+    register_autograd,
+)
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -19,8 +25,7 @@ def check_options(name: str, scale: float, approximate: str) -> None:
     """Raises ValueError naming the first bad option."""
     check_choice("name", name, tuple(reference.GAMMA))
     check_choice("approximate", approximate, APPROXIMATIONS)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale (gamma * beta) must be finite, got {scale}")
+    check_finite("scale (gamma * beta)", scale)
 
 
 def check(x: Tensor, name: str, scale: float, approximate: str) -> None:
@@ -51,7 +56,8 @@ def _fake(x, name, scale, approximate, backend):
         return torch.empty_like(x)
     shape = list(x.shape)
     shape[reference.CHANNEL_DIM] //= 2
-    return x.new_empty(shape)
+    memory_format = channels_last_format(x) if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _forward(x, name, scale, approximate, backend):

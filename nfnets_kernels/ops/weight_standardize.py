@@ -12,6 +12,7 @@ from .library import (
     FLOAT_DTYPES,
     channels_last_format,
     check_choice,
+    check_finite,
     check_float,
     check_same_device,
     define,
@@ -33,6 +34,7 @@ def _check_weight(i: int, weight: Tensor, gain: Tensor | None) -> None:
         raise ValueError(f"weights[{i}] of shape {tuple(weight.shape)} has a fan_in of 1, which standardizes to zero")
     if gain is None:
         return
+    check_float(f"gains[{i}]", gain)
     if gain.numel() != weight.shape[0]:
         raise ValueError(f"gains[{i}] must have one value per unit ({weight.shape[0]}), got shape {tuple(gain.shape)}")
     if gain.dtype != weight.dtype:
@@ -59,7 +61,7 @@ def check(
         raise ValueError(f"scales must hold one value per weight ({len(weights)}), got {len(scales)}")
     if gains and len(gains) != len(weights):
         raise ValueError(f"gains must hold one tensor per weight ({len(weights)}) or none, got {len(gains)}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     check_choice("eps_form", eps_form, EPS_FORMS)
     check_choice("memory_format", memory_format, MEMORY_FORMATS)
@@ -68,8 +70,7 @@ def check(
     for i, (weight, gain, scale) in enumerate(zip(weights, one_each(gains, weights), scales, strict=True)):
         _check_weight(i, weight, gain)
         check_same_device(f"weights[{i}]", weight, "weights[0]", weights[0])
-        if not math.isfinite(scale):
-            raise ValueError(f"scales[{i}] must be finite, got {scale}")
+        check_finite(f"scales[{i}]", scale)
 
 
 def _prepared_like(weight: Tensor, dtype: torch.dtype, memory_format: str) -> Tensor:
@@ -133,6 +134,8 @@ def _cpu(weights, gains, scales, eps, eps_form, outs=None, grads=None):
     rows, row_scales, alive = [], [], []
     for i, (weight, gain, other) in enumerate(zip(weights, one_each(gains, weights), others, strict=True)):
         if weight.numel() == 0:
+            if grad_gains:
+                grad_gains[i].zero_()  # of units without weights
             continue
         weight = weight if is_unit_dense(weight) else weight.contiguous()
         gain = gain if gain is None else gain.contiguous()

@@ -42,7 +42,7 @@ class AGC:
         exclude: Sequence[str | nn.Module] = (),
         backend: str = "auto",
     ) -> None:
-        ops.agc.check_options(clip_factor, eps, norm_type, rule)
+        ops.agc.check_options(clip_factor, eps, norm_type, rule, backend)
         if isinstance(exclude, (str, nn.Module)):
             raise TypeError(f"exclude must be a sequence of names or modules, got a single {type(exclude).__name__}")
         self.clip_factor = clip_factor
@@ -52,6 +52,7 @@ class AGC:
         self.backend = backend
         self.parameters = _included(module_or_params, exclude)
         self._table: ops.agc.Table | None = None
+        self._table_options = rule, backend
 
     def clip_(self) -> None:
         """Clips the gradients that are there now, in place and in one pass.
@@ -64,8 +65,11 @@ class AGC:
             return
         weights = [parameter for parameter in self.parameters if parameter.grad is not None]
         grads: list[Any] = [parameter.grad for parameter in weights]
-        if self._table is None or not self._table.fits(weights, grads):
+        ops.agc.check_options(self.clip_factor, self.eps, self.norm_type, self.rule, self.backend)
+        options = self.rule, self.backend
+        if self._table is None or options != self._table_options or not self._table.fits(weights, grads):
             self._clip_checked(weights)
+            self._table_options = options
             self._table = ops.agc.table_for(weights, self.rule, self.backend)
             return
         ops.agc.clip_table_(self._table, grads, self.clip_factor, self.eps, self.norm_type)
@@ -92,15 +96,17 @@ def _included(
         parameters: Iterable[Tensor] = module_or_params.parameters()
     elif isinstance(module_or_params, Tensor):
         parameters = [module_or_params]
+    elif isinstance(module_or_params, Iterable):
+        parameters = module_or_params
     else:
-        parameters = dict.fromkeys(module_or_params)
-    included = []
+        raise TypeError(f"module_or_params must be a module or tensors, got {type(module_or_params).__name__}")
+    included: dict[int, Tensor] = {}
     for parameter in parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"module_or_params must hold tensors, got {type(parameter).__name__}")
         if id(parameter) not in excluded:
-            included.append(parameter)
-    return included
+            included[id(parameter)] = parameter
+    return list(included.values())
 
 
 def _resolve(entry: str | nn.Module, root: nn.Module | None) -> nn.Module:

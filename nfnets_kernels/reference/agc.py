@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from .weight_standardize import accumulation_dtype
-
 
 def is_one_unit(shape: torch.Size, rule: str) -> bool:
     """Whether a tensor of this shape is a single unit; otherwise each index of dim 0 is one.
@@ -30,5 +28,4 @@ def agc_(weight: Tensor, grad: Tensor, clip_factor: float, eps: float, norm_type
     max_norm = unitwise_norm(weight, norm_type, rule).clamp(min=eps) * clip_factor
     grad_norm = unitwise_norm(grad, norm_type, rule)
     factor = torch.where(grad_norm < max_norm, 1.0, max_norm / grad_norm.clamp(min=1e-6))
-    acc = accumulation_dtype(grad.dtype)
-    grad.copy_(grad.to(acc) * factor.to(acc))
+    grad.copy_(grad.to(torch.float64) * factor)
