@@ -162,7 +162,3 @@ def describe() -> Description:
         serving={device: {op: serving(op, device) for op in OPS} for device in _PREFERENCE},
         reasons={device: {op: _reasons(op, device) for op in OPS} for device in _PREFERENCE},
     )
-
-
-if __name__ == "__main__":
-    print(describe())

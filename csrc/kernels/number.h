@@ -44,14 +44,12 @@ struct Accumulate<double> {
   using type = double;
 };
 
-NFK_INLINE float load(float x) { return x; }
-NFK_INLINE double load(double x) { return x; }
-NFK_INLINE float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+NFK_INLINE float decode(bfloat16, uint32_t bits) { return bit_cast<float>(bits << 16); }
 
 // Branch-free, so that compilers vectorize it: exponent re-bias for normals, integer conversion for subnormals.
-NFK_INLINE float load(float16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
+NFK_INLINE float decode(float16, uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16;
+  const uint32_t magnitude = bits & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + 0x38000000u;  // (127 - 15) << 23
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
   const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
@@ -60,23 +58,12 @@ NFK_INLINE float load(float16 x) {
 }
 
 // Round to nearest even, as torch does.
-template <class T>
-NFK_INLINE T store(float x);
-template <class T>
-NFK_INLINE T store(double x);
-
-template <>
-NFK_INLINE float store<float>(float x) {
-  return x;
-}
-template <>
-NFK_INLINE bfloat16 store<bfloat16>(float x) {
+NFK_INLINE uint32_t encode(bfloat16, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
 }
-template <>
-NFK_INLINE float16 store<float16>(float x) {
+NFK_INLINE uint32_t encode(float16, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -85,27 +72,32 @@ NFK_INLINE float16 store<float16>(float x) {
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite))};
+  return sign | (magnitude >= 0x477ff000u ? large : finite);
 }
+
+template <class T>
+struct Storage {
+  static NFK_INLINE float load(T x) { return decode(T{}, x.bits); }
+  static NFK_INLINE T store(float x) { return {static_cast<uint16_t>(encode(T{}, x))}; }
+};
 template <>
-NFK_INLINE double store<double>(double x) {
-  return x;
+struct Storage<float> {
+  static NFK_INLINE float load(float x) { return x; }
+  static NFK_INLINE float store(float x) { return x; }
+};
+template <>
+struct Storage<double> {
+  static NFK_INLINE double load(double x) { return x; }
+  static NFK_INLINE double store(double x) { return x; }
+};
+
+template <class T>
+NFK_INLINE typename Accumulate<T>::type load(T x) {
+  return Storage<T>::load(x);
 }
-template <>
-NFK_INLINE float store<float>(double x) {
-  return static_cast<float>(x);
-}
-template <>
-NFK_INLINE bfloat16 store<bfloat16>(double x) {
-  return store<bfloat16>(static_cast<float>(x));
-}
-template <>
-NFK_INLINE float16 store<float16>(double x) {
-  return store<float16>(static_cast<float>(x));
-}
-template <>
-NFK_INLINE double store<double>(float x) {
-  return x;
+template <class T, class Acc>
+NFK_INLINE T store(Acc x) {
+  return Storage<T>::store(static_cast<typename Accumulate<T>::type>(x));
 }
 
 // Calls f with a value of the storage type that `dtype` names.

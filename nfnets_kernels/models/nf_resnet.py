@@ -8,7 +8,7 @@ standardized weight of the convolution that follows, alpha and skip_gain into th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import functional, ops
 from ..modules import SqueezeExcite, WSConv2d
+from ..modules.standardized import Prepared, Request, standardize_together
 from ..ops.library import check_choice
 
 DEPTHS = {
@@ -93,32 +94,43 @@ class NFResNetBlock(nn.Module):
             shortcut_stride = 1 if pools else stride
             self.conv_shortcut = WSConv2d(in_channels, out_channels, 1, shortcut_stride, gamma=gamma * beta, **factory)
 
-    def _bottleneck(self, a: Tensor) -> Tensor:
-        out = activate(self.conv0(a), self.activation)
-        return activate(self.conv1(out), self.activation)
+    def requests(self) -> list[Request]:
+        """The weights that `forward` takes prepared; alpha and skip_gain are folded where no gate stands between."""
+        folded = Request(self.conv2, self.skip_gain, self.alpha) if self.se is None else Request(self.conv2)
+        shortcut = [] if self.conv_shortcut is None else [Request(self.conv_shortcut)]
+        return [Request(self.conv0), Request(self.conv1), folded, *shortcut]
+
+    def _bottleneck(self, a: Tensor, conv0: Prepared | None = None, conv1: Prepared | None = None) -> Tensor:
+        out = activate(self.conv0(a, prepared=conv0), self.activation)
+        return activate(self.conv1(out, prepared=conv1), self.activation)
 
     def branch(self, a: Tensor) -> Tensor:
         """The residual branch before stochastic depth, skip_gain and alpha, as the authors' signal metrics see it."""
         f = self.conv2(self._bottleneck(a))
         return f if self.se is None else 2.0 * torch.sigmoid(self.se(f))[:, :, None, None] * f
 
-    def _shortcut(self, h: Tensor, a: Tensor) -> Tensor:
+    def _shortcut(self, h: Tensor, a: Tensor, prepared: Prepared | None) -> Tensor:
         if self.conv_shortcut is None:
             return h
-        return self.conv_shortcut(a if self.pool is None else self.pool(a))
+        return self.conv_shortcut(a if self.pool is None else self.pool(a), prepared=prepared)
 
     def _keep(self, a: Tensor) -> Tensor | None:
         if not self.training or self.stochdepth_rate == 0.0:
             return None
         return (torch.rand(a.shape[0], device=a.device) >= self.stochdepth_rate).to(a.dtype)
 
-    def forward(self, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """h, a: (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        shortcut, keep = self._shortcut(h, a), self._keep(a)
+    def forward(self, h: Tensor, a: Tensor, prepared: Sequence[Prepared] = ()) -> tuple[Tensor, Tensor]:
+        """h, a: (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride)).
+
+        `prepared` holds the standardized weights of `requests`; without them each convolution standardizes its own.
+        """
+        conv0, conv1, conv2, conv_shortcut = [*prepared, None, None, None, None][:4]
+        shortcut, keep = self._shortcut(h, a, conv_shortcut), self._keep(a)
+        out = self._bottleneck(a, conv0, conv1)
         if self.se is None:
-            f = self.conv2(self._bottleneck(a), skip_gain=self.skip_gain, alpha=self.alpha)
+            f = self.conv2(out, skip_gain=self.skip_gain, alpha=self.alpha, prepared=conv2)
             return functional.residual(f, shortcut, keep=keep, activation=self.activation, approximate="tanh")
-        f = self.conv2(self._bottleneck(a))
+        f = self.conv2(out, prepared=conv2)
         return functional.residual(
             f,
             shortcut,
@@ -185,6 +197,7 @@ class NFResNet(nn.Module):
             raise ValueError(f"alpha must be finite, got {alpha}")
         check_choice("activation", activation, ops.residual.ACTIVATIONS)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.depth = tuple(depth)
         self.activation = activation
         self.gamma = functional.gamma(activation)
         self.drop_rate = drop_rate
@@ -232,12 +245,29 @@ class NFResNet(nn.Module):
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
+    def _stages(self) -> list[list[NFResNetBlock]]:
+        blocks: Iterator[Any] = iter(self.blocks)
+        return [[next(blocks) for _ in range(count)] for count in self.depth]
+
+    def _prepare(self, stage: list[NFResNetBlock], a: Tensor) -> list[list[Prepared]]:
+        """The standardized weights of each block of a stage in one pass, unless its layers have them kept.
+
+        Stage by stage rather than for the model: under DistributedDataParallel the gradients of the last stages can
+        then be reduced while the first ones are still being computed.
+        """
+        if stage[0].conv0.keeps_standardized():
+            return [[] for _ in stage]
+        requests = [block.requests() for block in stage]
+        prepared = iter(standardize_together([request for block in requests for request in block], a))
+        return [[next(prepared) for _ in block] for block in requests]
+
     def forward_pool(self, x: Tensor) -> Tensor:
         """Images to pooled features (N, channels): the average of the last activation, gamma included."""
         h = max_pool_same(self.initial_conv(x))
         a = functional.scaled_activation(h, self.activation, gamma=1.0, approximate="tanh")
-        for block in self.blocks:
-            h, a = block(h, a)
+        for stage in self._stages():
+            for block, prepared in zip(stage, self._prepare(stage, a), strict=True):
+                h, a = block(h, a, prepared)
         return a.mean(dim=(2, 3)) * self.gamma
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .standardized import Standardized
+from .standardized import Prepared, Standardized
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -32,24 +32,34 @@ class _WSConv(Standardized):
         self._same = same
         self._init_standardization(gain, gamma, eps, eps_form, **kw)
 
-    def _pad_same(self, input: Tensor) -> Tensor:
-        pads: list[int] = []
-        dims = len(self.kernel_size)  # type: ignore[arg-type]
-        sizes = input.shape[-dims:]
-        for argument in zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True):  # type: ignore[arg-type]
-            pads = [*same_padding(*argument), *pads]  # F.pad wants the last dim first
-        if not any(pads):
-            return input
-        return F.pad(input, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)  # type: ignore[arg-type]
+    def _convolve_same(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        sizes = input.shape[-len(self.kernel_size) :]  # type: ignore[arg-type]
+        arguments = zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)  # type: ignore[arg-type]
+        pads = [same_padding(*argument) for argument in arguments]
+        padding = [before for before, _ in pads]
+        if self.padding_mode != "zeros" or any(before != after for before, after in pads):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, [pad for pair in reversed(pads) for pad in pair], mode=mode)  # type: ignore[arg-type]
+            padding = [0] * len(pads)
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[len(pads) - 1]
+        return convolution(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def forward(self, input: Tensor, *, skip_gain: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        skip_gain: Tensor | None = None,
+        alpha: float = 1.0,
+        prepared: Prepared | None = None,
+    ) -> Tensor:
         """The convolution of `input` with the standardized weight, times `alpha * skip_gain` where one is given.
 
         skip_gain is a scalar tensor; it scales weight and bias, so the output is not read again (see `standardized`).
+        `prepared` is what `standardize_together` made for this layer.
         """
-        weight, bias = self.standardized(input, skip_gain, alpha)
+        weight, bias = self.standardized(input, skip_gain, alpha) if prepared is None else prepared
         if self._same:
-            input = self._pad_same(input)
+            return self._convolve_same(input, weight, bias)
         return self._conv_forward(input, weight, bias)  # type: ignore[operator]
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,47 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+Prepared = tuple[Tensor, Tensor | None]
+"""Standardized weight and bias."""
+
+
+class Request(NamedTuple):
+    """A layer whose standardized weight is wanted, its output multiplied by `alpha * skip_gain`."""
+
+    layer: Standardized
+    skip_gain: Tensor | None = None
+    alpha: float = 1.0
+
+
 class _Cached(NamedTuple):
     key: tuple
     sources: tuple[Tensor, ...]  # kept alive, so that no new tensor can come to lie at a source's address
-    weight: Tensor
-    bias: Tensor | None
+    prepared: Prepared
+
+
+def standardize_together(requests: Sequence[Request], input: Tensor) -> list[Prepared]:
+    """The standardized weights of several layers in one pass, prepared for inputs like this one.
+
+    Raises:
+        ValueError: the layers differ in eps or eps_form.
+    """
+    first = requests[0].layer
+    if any((layer.eps, layer.eps_form) != (first.eps, first.eps_form) for layer, _, _ in requests):
+        raise ValueError("requests must be layers of one eps and eps_form")
+    folded = [layer.folded(skip_gain, alpha) for layer, skip_gain, alpha in requests]
+    weights = functional.weight_standardize_many(
+        [layer.unit_axis_first(layer.weight) for layer, _, _ in requests],
+        [gain for gain, _ in folded],
+        scales=[layer.gamma * alpha for layer, _, alpha in requests],
+        eps=first.eps,
+        eps_form=first.eps_form,
+        dtype=first.compute_dtype(input),
+        memory_format=torch.channels_last if is_channels_last(input) else torch.preserve_format,
+    )
+    return [
+        (request.layer.unit_axis_back(weight), bias)
+        for request, weight, (_, bias) in zip(requests, weights, folded, strict=True)
+    ]
 
 
 class Standardized(nn.Module):
@@ -72,56 +109,49 @@ class Standardized(nn.Module):
         """Undoes `unit_axis_first`."""
         return weight
 
-    def standardized(
-        self, input: Tensor, skip_gain: Tensor | None = None, alpha: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def standardized(self, input: Tensor, skip_gain: Tensor | None = None, alpha: float = 1.0) -> Prepared:
         """The weight and bias that the layer computes with, prepared for this input.
 
         The weight comes in the autocast dtype, and in channels_last where the input is. With skip_gain (a scalar
         tensor) and alpha, both are multiplied by `alpha * skip_gain`: the output is scaled without a pass over it.
         In eval mode without grad the pair is kept until a parameter changes in place or is replaced.
         """
-        dtype = self._compute_dtype(input)
-        memory_format = torch.channels_last if is_channels_last(input) else torch.preserve_format
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._standardize(dtype, memory_format, skip_gain, alpha)
+        request = Request(self, skip_gain, alpha)
+        if not self.keeps_standardized() or torch.compiler.is_compiling():
+            return standardize_together([request], input)[0]
         sources = tuple(t for t in (self.weight, self.bias, self.gain, skip_gain) if t is not None)
         if any(t.is_inference() or type(t) is not nn.Parameter for t in sources):  # no version counter, no plain memory
-            return self._standardize(dtype, memory_format, skip_gain, alpha)
+            return standardize_together([request], input)[0]
         versions = tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in sources)
-        key = (versions, _optimizer_steps, dtype, memory_format, alpha, self.gamma, self.eps, self.eps_form)
+        wanted = (self.compute_dtype(input), is_channels_last(input), alpha, self.gamma, self.eps, self.eps_form)
+        key = (versions, _optimizer_steps, wanted)
         cached = self._cached  # read once: another thread may replace it
         if cached is None or cached.key != key:
-            weight, bias = self._standardize(dtype, memory_format, skip_gain, alpha)
-            cached = self._cached = _Cached(key, tuple(t.detach() for t in sources), weight, bias)
-        return cached.weight, cached.bias
+            prepared = standardize_together([request], input)[0]
+            cached = self._cached = _Cached(key, tuple(t.detach() for t in sources), prepared)
+        return cached.prepared
 
-    def _compute_dtype(self, input: Tensor) -> torch.dtype:
+    def keeps_standardized(self) -> bool:
+        """Whether the next forward pass may use a weight that an earlier one standardized."""
+        return not (self.training or torch.is_grad_enabled())
+
+    def compute_dtype(self, input: Tensor) -> torch.dtype:
+        """The dtype that the layer computes in: autocast's, or its own."""
         device = input.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
         if autocast and self.weight.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
         return self.weight.dtype
 
-    def _standardize(
-        self, dtype: torch.dtype, memory_format: torch.memory_format, skip_gain: Tensor | None, alpha: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def folded(self, skip_gain: Tensor | None, alpha: float) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and bias of the layer whose output is multiplied by skip_gain, and the bias by alpha too."""
         gain, bias = self.gain, self.bias
         if bias is not None and (skip_gain is not None or alpha != 1.0):
             bias = bias * (alpha if skip_gain is None else alpha * skip_gain)
         if skip_gain is not None:
             units = self.unit_axis_first(self.weight).shape[0]
             gain = skip_gain.expand(units) if gain is None else gain * skip_gain
-        weight = functional.weight_standardize(
-            self.unit_axis_first(self.weight),
-            gain,
-            scale=self.gamma * alpha,
-            eps=self.eps,
-            eps_form=self.eps_form,
-            dtype=dtype,
-            memory_format=memory_format,
-        )
-        return self.unit_axis_back(weight), bias
+        return gain, bias
 
     def train(self, mode: bool = True) -> Any:
         """As nn.Module.train; drops the cached weight, which is eval mode's."""

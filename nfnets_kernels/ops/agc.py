@@ -64,6 +64,7 @@ def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
 
 @torch.no_grad()  # the tensors may require grad, and what follows is no part of their graph
 def _agc(weights, grads, clip_factor, eps, norm_type, rule, backend):
+    check_choice("rule", rule, RULES)
     by_device: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for weight, grad in zip(weights, grads, strict=True):
         if weight.shape != grad.shape:

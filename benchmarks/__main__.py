@@ -1,0 +1,96 @@
+"""Command line of the benchmarks: ``python -m benchmarks --help``."""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.results import BENCHES
+
+DESCRIPTION = """\
+Measures every op of nfnets_kernels, the training step and inference of NF-ResNet-50, and a training run on handwritten
+digits, each beside its peers in one process. Writes results.json, results.csv, summary.md and plots."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    listed = "\n".join(f"  {name:<20}{title}" for name, title in BENCHES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=DESCRIPTION,
+        epilog=f"benchmarks:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="under 5 minutes on 2 cores (default)")
+    length.add_argument("--full", action="store_true", help="more rounds, more peers, more seeds")
+    parser.add_argument("--only", nargs="+", choices=BENCHES, metavar="NAME", help="run these benchmarks, listed below")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where results replace earlier ones (default: benchmarks/results/MACHINE, with --only MACHINE/partial)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and networks (default: 0)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds per timing (default: what the time allows)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of the training step (default: 8, on a GPU 128)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="of the training step (default: 224)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the chosen benchmarks; 1 if a figure failed verification, 130 after Ctrl-C."""
+    arguments = parse_arguments()
+
+    # Only now, so that --help answers at once.
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    import nfnets_kernels as nfk
+    from benchmarks.environment import REPOSITORY, Environment
+    from benchmarks.harness import Session, Settings
+    from benchmarks.report import print_report, write_report
+    from benchmarks.results import Results
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(
+        device=device,
+        quick=not arguments.full,
+        seed=arguments.seed,
+        rounds=arguments.rounds,
+        batch_size=arguments.batch_size or (8 if device == "cpu" else 128),
+        image_size=arguments.image_size,
+    )
+    results = Results(Environment.record(device))
+    folder = arguments.output or REPOSITORY / "benchmarks" / "results" / results.environment.slug
+    if arguments.only and not arguments.output:
+        folder /= "partial"
+
+    # The default of 80 columns for files and pipes is too narrow for the tables.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(str(nfk.backend.describe()), markup=False, highlight=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    interrupted = False
+    with Progress(*columns, console=console) as progress:
+        try:
+            session = Session(settings, results, folder, progress)
+            for name in session.track(arguments.only or list(BENCHES), "benchmarks"):
+                import_module(f"benchmarks.bench_{name}").run(session)
+        except KeyboardInterrupt:
+            interrupted = True
+            console.print("[yellow]interrupted; keeping what is finished[/]")
+    write_report(results, folder)
+    print_report(results, console)
+    console.print(f"Results are in {folder}")
+    if interrupted:
+        return 130
+    return int(any(incident.kind == "failed" for incident in results.incidents))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Adaptive gradient clipping of all parameters of NF-ResNet-50 and NFNet-F0."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+
+import torch
+
+import nfnets_kernels as nfk
+from benchmarks import peers
+from benchmarks.harness import Comparison, Contestant, Session, assert_all_close
+
+BENCH = "agc"
+MODELS = {"NF-ResNet-50": "nf_resnet50", "NFNet-F0": "dm_nfnet_f0"}
+CLIP_FACTOR, EPS = 0.01, 1e-3
+
+
+def run(session: Session) -> None:
+    """Every model with none and with all of its gradients clipped."""
+    for title, clipped in session.track(list(product(MODELS, (False, True))), BENCH):
+        session.compare(comparison(session, title, clipped))
+
+
+def comparison(session: Session, title: str, clipped: bool) -> Comparison:
+    """All ways to clip the gradients of one model, which are restored before every call."""
+    torch.manual_seed(session.settings.seed)
+    params = make_params(MODELS[title], session.settings.device, clipped)
+    grads = [param.grad for param in params if param.grad is not None]
+    originals = [grad.clone() for grad in grads]
+    count = sum(param.numel() for param in params)
+
+    peers.adaptive_clip_grad(params, CLIP_FACTOR, EPS)
+    expected = [grad.clone() for grad in grads]
+
+    def restore() -> None:
+        torch._foreach_copy_(grads, originals)
+
+    def check(name: str, value: object) -> None:
+        assert_all_close(f"{name}: gradients", grads, expected, tolerance=1e-5)
+
+    weights = [param.detach() for param in params]
+    lean: Callable[[], None] = partial(peers.lean_agc_, weights, grads, CLIP_FACTOR, EPS)
+    contestants = [
+        Contestant("agc_", partial(nfk.agc_, params, CLIP_FACTOR, EPS), "ours", ["agc"]),
+        Contestant("AGC.clip_", nfk.AGC(params, CLIP_FACTOR, EPS).clip_, "ours", ["agc"]),
+        Contestant("timm adaptive_clip_grad", partial(peers.adaptive_clip_grad, params, CLIP_FACTOR, EPS)),
+        Contestant("lean eager (foreach)", lean),
+    ]
+    return Comparison(
+        bench=BENCH,
+        case=f"{title}, {'all' if clipped else 'none'} clipped",
+        contestants=contestants + compiled(session, lean) + ceilings(weights, grads),
+        check=check,
+        setup=restore,
+        # The gradients are read with the weights and, where clipped, written back in place.
+        traffic={"read": 4 * count, "update": 8 * count} if clipped else {"read": 8 * count},
+    )
+
+
+def make_params(model: str, device: str, clipped: bool) -> list[torch.nn.Parameter]:
+    """Random parameters of a model's shapes, with gradients all of whose units are far above or below the threshold."""
+    with torch.device("meta"):
+        shapes = [param.shape for param in peers.create_model(model).parameters()]
+    params = []
+    for shape in shapes:
+        param = torch.nn.Parameter(torch.randn(shape, device=device))
+        param.grad = torch.rand(shape, device=device).add_(1.0).mul_(1.0 if clipped else 1e-9)
+        params.append(param)
+    return params
+
+
+def compiled(session: Session, lean: Callable[[], None]) -> list[Contestant]:
+    """The lean version under torch.compile, which takes minutes to compile hundreds of tensors for a CPU."""
+    if session.settings.quick and session.settings.device == "cpu":
+        return []
+    return [Contestant("torch.compile of lean eager", peers.compiled(lean), optional=True)]
+
+
+def ceilings(weights: list[torch.Tensor], grads: list[torch.Tensor]) -> list[Contestant]:
+    """The time to merely read weights and gradients once: tensor by tensor, and as if each were one long tensor."""
+    flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (weights, grads)]
+    return [
+        Contestant("read W and G once", partial(read, weights + grads), "ceiling"),
+        Contestant("read W and G once, two sums", partial(read, flat), "ceiling"),
+    ]
+
+
+def read(tensors: list[torch.Tensor]) -> None:
+    """Read every element."""
+    for tensor in tensors:
+        tensor.sum()

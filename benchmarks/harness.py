@@ -1,0 +1,272 @@
+"""Interleaved A/B timing of contestants that are first shown to compute the same thing with the backend they claim."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import nn
+
+import nfnets_kernels as nfk
+from benchmarks.results import Incident, Results, Role, Timing, Training
+
+Clock = Callable[[Callable[[], object]], float]
+Item = TypeVar("Item")
+
+
+class BenchmarkError(Exception):
+    """A comparison that must not be reported."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose."""
+
+    device: str
+    quick: bool
+    seed: int
+    rounds: int | None
+    batch_size: int
+    image_size: int
+
+    @property
+    def seconds(self) -> float:
+        """Time to spend on the rounds of one comparison."""
+        return 3.0 if self.quick else 20.0
+
+    @property
+    def round_limits(self) -> tuple[int, int]:
+        """Fewest and most rounds of a comparison, whatever they take."""
+        return (5, 100) if self.quick else (15, 300)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do the work.
+
+    ``ops`` are the package's ops that it must run; a peer must run none. An ``optional`` contestant that cannot run
+    here is left out with the reason, such as torch.compile without a C++ compiler.
+    """
+
+    name: str
+    run: Callable[[], object]
+    role: Role = "peer"
+    ops: Sequence[str] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contestants for the same work; the first one is ours.
+
+    ``setup`` runs untimed before every call of every contestant. ``check(name, value)`` gets what a contestant
+    returned and raises ``BenchmarkError`` when it is wrong. ``traffic`` counts the unavoidable bytes by kind of access:
+    "read", "copy" (read from one place and write to another) and "update" (read and write in place).
+    """
+
+    bench: str
+    case: str
+    contestants: Sequence[Contestant]
+    check: Callable[[str, object], None]
+    setup: Callable[[], None] = lambda: None
+    traffic: Mapping[str, int] = field(default_factory=dict)
+
+
+def assert_close(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Raise ``BenchmarkError`` unless ``actual`` is within ``tolerance`` of ``expected``, relative to its norm."""
+    if actual.shape != expected.shape:
+        raise BenchmarkError(f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
+    # The float64 norm of a float32 difference: large tensors would lose digits in a float32 sum.
+    error = torch.linalg.vector_norm(actual.float() - expected.float(), dtype=torch.float64).item()
+    scale = torch.linalg.vector_norm(expected, dtype=torch.float64).item()
+    if not error <= tolerance * max(scale, torch.finfo(torch.float32).tiny):
+        raise BenchmarkError(f"{what}: differs from the reference by {error:.2e} with a norm of {scale:.2e}")
+
+
+def assert_all_close(
+    what: str, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float
+) -> None:
+    """``assert_close`` for each pair of two lists."""
+    if len(actual) != len(expected):
+        raise BenchmarkError(f"{what}: {len(actual)} tensors instead of {len(expected)}")
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(f"{what}[{index}]", one, other, tolerance)
+
+
+def served_by(name: str, role: Role, ops: Iterable[str], executed: Iterable[tuple[str, str]], device: str) -> str:
+    """The backends that served a contestant, after asserting that it ran what it should, where the package promised."""
+    ran: dict[str, set[str]] = {}
+    for op, backend in executed:
+        ran.setdefault(op, set()).add(backend)
+    if missing := set(ops) - set(ran):
+        raise BenchmarkError(f"{name}: did not run {sorted(missing)}")
+    if ran and role != "ours":
+        raise BenchmarkError(f"{name}: ran {sorted(ran)} of nfnets_kernels, so it is no peer")
+    for op, backends in ran.items():
+        promised = nfk.backend.serving(op, torch.device(device).type)
+        if backends != {promised}:
+            raise BenchmarkError(f"{name}: {op} ran on {sorted(backends)} instead of {promised}")
+    return "+".join(sorted(set().union(*ran.values())))
+
+
+def wall_clock(run: Callable[[], object]) -> float:
+    """Seconds that a call takes on the CPU."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def cuda_clock(run: Callable[[], object]) -> float:
+    """Seconds between the start and the end of a call's work on the GPU."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleave(
+    runs: Sequence[Callable[[], object]],
+    rounds: int,
+    clock: Clock,
+    setup: Callable[[], None] = lambda: None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Time A B A B ...: a change of the machine's speed then meets all contestants alike."""
+    samples: list[list[float]] = [[] for _ in runs]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for run, times in zip(runs, samples, strict=True):
+                setup()
+                times.append(clock(run))
+            advance()
+    finally:
+        gc.enable()
+    return samples
+
+
+def to_channels_last(model: nn.Module, device: str) -> nn.Module:
+    """Move a network to a device in the memory format that convolutions are fastest in."""
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub
+
+
+def measure_bandwidth(device: str, clock: Clock, elements: int = 1 << 26) -> dict[str, float]:
+    """Bytes per second that torch's own kernels reach on large float32 tensors, by kind of access."""
+    source = torch.ones(elements, device=device)
+    target = torch.ones(elements, device=device)
+    accesses: dict[str, tuple[Callable[[], object], int]] = {
+        "read": (source.sum, 4),
+        "copy": (lambda: target.copy_(source), 8),
+        "update": (lambda: target.mul_(1.0), 8),
+    }
+    samples = interleave([run for run, _ in accesses.values()], rounds=13, clock=clock)
+    return {
+        kind: bytes_each * elements / float(np.median(times))
+        for (kind, (_, bytes_each)), times in zip(accesses.items(), samples, strict=True)
+    }
+
+
+class Session:
+    """One run of the benchmarks: measures comparisons, shows progress and keeps the results on disk up to date."""
+
+    def __init__(self, settings: Settings, results: Results, folder: Path, progress: Progress) -> None:
+        self.settings = settings
+        self.results = results
+        self.folder = folder
+        self.progress = progress
+        self.clock: Clock = cuda_clock if settings.device.startswith("cuda") else wall_clock
+        results.bandwidth = measure_bandwidth(settings.device, self.clock)
+
+    def track(self, items: Sequence[Item], description: str) -> Iterator[Item]:
+        """Iterate with a progress bar that goes away at the end."""
+        task = self.progress.add_task(description, total=len(items))
+        for item in items:
+            yield item
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+
+    def compare(self, comparison: Comparison) -> None:
+        """Verify, time and record a comparison; one that fails verification is recorded as failed, without figures."""
+        try:
+            entrants = self._verify(comparison)
+        except BenchmarkError as error:
+            self.report_incident(Incident(comparison.bench, comparison.case, "failed", str(error)))
+            return
+        self._record(comparison, entrants, self._time(comparison, [contestant for contestant, _ in entrants]))
+        self.results.save(self.folder)
+
+    def add_training(self, training: Training) -> None:
+        """Record a finished training run."""
+        self.results.trainings.append(training)
+        self.results.save(self.folder)
+
+    def report_incident(self, incident: Incident) -> None:
+        """Record and print why a figure is missing."""
+        self.results.incidents.append(incident)
+        self.results.save(self.folder)
+        kind = f"[{'red' if incident.kind == 'failed' else 'yellow'}]{incident.kind}[/]"
+        self.progress.console.print(f"{kind} {incident.bench}, {incident.case}: {incident.reason}")
+
+    def _verify(self, comparison: Comparison) -> list[tuple[Contestant, str]]:
+        """The contestants that can run here, each with the backend that served it. Also the first warm-up call."""
+        entrants = []
+        for contestant in comparison.contestants:
+            comparison.setup()
+            try:
+                with nfk.backend.recording() as executed:
+                    value = contestant.run()
+            except Exception as error:
+                if not contestant.optional:
+                    raise
+                reason = f"{contestant.name}: {(str(error) or type(error).__name__).splitlines()[0]}"
+                self.report_incident(Incident(comparison.bench, comparison.case, "skipped", reason))
+                continue
+            name, role, ops = contestant.name, contestant.role, contestant.ops
+            backend = served_by(name, role, ops, executed, self.settings.device)
+            if role != "ceiling":
+                comparison.check(name, value)
+            entrants.append((contestant, backend))
+        return entrants
+
+    def _time(self, comparison: Comparison, contestants: Sequence[Contestant]) -> list[list[float]]:
+        runs = [contestant.run for contestant in contestants]
+        warm_up = interleave(runs, 2, self.clock, comparison.setup)
+        fewest, most = self.settings.round_limits
+        affordable = int(self.settings.seconds / sum(times[-1] for times in warm_up))
+        rounds = self.settings.rounds or min(max(affordable, fewest), most)
+        task = self.progress.add_task(f"  {comparison.case}", total=rounds)
+        samples = interleave(runs, rounds, self.clock, comparison.setup, lambda: self.progress.advance(task))
+        self.progress.remove_task(task)
+        return samples
+
+    def _record(
+        self, comparison: Comparison, entrants: Sequence[tuple[Contestant, str]], samples: Sequence[list[float]]
+    ) -> None:
+        ours = float(np.median(samples[0]))
+        ideal = sum(count / self.results.bandwidth[kind] for kind, count in comparison.traffic.items())
+        for (contestant, backend), times in zip(entrants, samples, strict=True):
+            p20, median, p80 = (float(value) for value in np.percentile(times, [20, 50, 80]))
+            self.results.timings.append(
+                Timing(
+                    bench=comparison.bench,
+                    case=comparison.case,
+                    contestant=contestant.name,
+                    role=contestant.role,
+                    backend=backend,
+                    rounds=len(times),
+                    median_ms=1e3 * median,
+                    p20_ms=1e3 * p20,
+                    p80_ms=1e3 * p80,
+                    relative_time=median / ours,
+                    bandwidth_fraction=ideal / median if ideal and contestant.role != "ceiling" else None,
+                )
+            )

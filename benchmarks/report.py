@@ -1,0 +1,205 @@
+"""Turns results into tables for the terminal, Markdown and the README. ``python -m benchmarks.report --help``."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import REPOSITORY
+from benchmarks.plots import save_plots
+from benchmarks.results import BENCHES, Results, Timing, Training
+
+NOT_MEASURED = "not measured yet"
+START, END = "<!-- benchmark-table:start -->", "<!-- benchmark-table:end -->"
+COLUMNS = {
+    "timings": ["Case", "Contestant", "Backend", "Median ms", "20 to 80 %", "Time / ours", "Bandwidth"],
+    "trainings": ["Network", "Seed", "Backend", "Test accuracy, %", "Best epoch, %", "Time, s"],
+}
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write ``summary.md`` and the plots beside ``results.json`` and ``results.csv``."""
+    results.save(folder)
+    (folder / "summary.md").write_text(summary(results))
+    save_plots(results, folder)
+
+
+def print_report(results: Results, console: Console) -> None:
+    """Print one table per bench that has figures."""
+    for bench, title in BENCHES.items():
+        columns, rows = table(results, bench)
+        if rows:
+            console.print(rich_table(title, columns, rows))
+    console.print(machine_line(results))
+
+
+def rich_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A table for the terminal, in which a case is a line of its own above its contestants."""
+    has_cases = columns[0] == "Case"
+    rendered = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns[1:] if has_cases else columns):
+        rendered.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+    for row in rows:
+        if has_cases and row[0]:
+            rendered.add_row(f"[bold]{row[0]}[/]")
+        rendered.add_row(*([f"  {row[1]}", *row[2:]] if has_cases else row))
+    return rendered
+
+
+def summary(results: Results) -> str:
+    """Every figure as Markdown."""
+    parts = ["# Benchmark results", f"{machine_line(results)}\n\n`{results.environment.command}`"]
+    for bench, title in BENCHES.items():
+        columns, rows = table(results, bench)
+        parts.append(f"## {title}\n\n{markdown(columns, rows) if rows else NOT_MEASURED}")
+    if results.incidents:
+        missing = [f"- {one.bench}, {one.case}: {one.kind}: {one.reason}" for one in results.incidents]
+        parts.append("## Missing figures\n\n" + "\n".join(missing))
+    return "\n\n".join(parts) + "\n"
+
+
+def table(results: Results, bench: str) -> tuple[list[str], list[list[str]]]:
+    """Column titles and rows of one bench."""
+    if bench == "convergence":
+        return COLUMNS["trainings"], [training_row(training) for training in results.trainings]
+    rows = []
+    for timings in results.cases(bench).values():
+        # The name of a case stands once, at the first of its contestants.
+        rows += [timing_row(timing, timing.case if index == 0 else "") for index, timing in enumerate(timings)]
+    return COLUMNS["timings"], rows
+
+
+def timing_row(timing: Timing, case: str) -> list[str]:
+    """One contestant's figures as text."""
+    return [
+        case,
+        timing.contestant,
+        timing.backend or "-",
+        milliseconds(timing.median_ms),
+        f"{milliseconds(timing.p20_ms)} to {milliseconds(timing.p80_ms)}",
+        f"{timing.relative_time:.2f}x",
+        "-" if timing.bandwidth_fraction is None else f"{timing.bandwidth_fraction:.0%}",
+    ]
+
+
+def training_row(training: Training) -> list[str]:
+    """One training run's figures as text."""
+    return [
+        training.contestant,
+        str(training.seed),
+        training.backend or "-",
+        f"{training.test_accuracy[-1]:.2f}",
+        f"{max(training.test_accuracy):.2f}",
+        f"{training.seconds:.1f}",
+    ]
+
+
+def machine_line(results: Results) -> str:
+    """Machine, bandwidth, versions and commit in one line."""
+    environment = results.environment
+    bandwidth = ", ".join(f"{kind} {rate / 1e9:.0f} GB/s" for kind, rate in results.bandwidth.items())
+    commit = environment.commit[:10] + (" with uncommitted changes" if environment.dirty else "")
+    return (
+        f"{environment.machine}; memory: {bandwidth}; nfnets_kernels {environment.nfnets_kernels}, commit {commit}; "
+        f"torch {environment.torch}, torchvision {environment.torchvision}, timm {environment.timm}, "
+        f"Python {environment.python}; {environment.date[:10]}"
+    )
+
+
+def readme_section(all_results: Iterable[Results]) -> str:
+    """One compact table per machine, a row per case."""
+    all_results = list(all_results)
+    parts = []
+    for results in all_results:
+        rows = [row for bench, title in BENCHES.items() for row in readme_rows(results, bench, title)]
+        columns = ["Work", "nfnets_kernels", "Peers (time / ours)", "Memory bandwidth reached"]
+        parts.append(f"**{machine_line(results)}**, by `{results.environment.command}`\n\n{markdown(columns, rows)}")
+    for kind, is_there in {
+        "CPU": any(results.environment.gpu is None for results in all_results),
+        "GPU": any(results.environment.gpu is not None for results in all_results),
+    }.items():
+        if not is_there:
+            parts.append(f"{kind}: {NOT_MEASURED}.")
+    return "\n\n".join(parts)
+
+
+def readme_rows(results: Results, bench: str, title: str) -> list[list[str]]:
+    """The rows of one bench in the README, below its title."""
+    rows = [readme_row(case, timings) for case, timings in results.cases(bench).items()]
+    if bench == "convergence" and results.trainings:
+        rows = [readme_training_row(results.trainings)]
+    return [[f"**{title}**", "", "", ""], *rows] if rows else [[f"**{title}**", *[NOT_MEASURED] * 3]]
+
+
+def readme_row(case: str, timings: list[Timing]) -> list[str]:
+    """Our first contestant against all that are not ours."""
+    ours, *others = timings
+    against = "; ".join(
+        f"{timing.contestant} {milliseconds(timing.median_ms)} ms ({timing.relative_time:.2f}x)"
+        for timing in others
+        if timing.role != "ours"
+    )
+    fraction = "-" if ours.bandwidth_fraction is None else f"{ours.bandwidth_fraction:.0%}"
+    return [case, f"{milliseconds(ours.median_ms)} ms", against, fraction]
+
+
+def readme_training_row(trainings: list[Training]) -> list[str]:
+    """Mean test accuracy over the seeds."""
+
+    def describe(role: str) -> str:
+        runs = [training for training in trainings if training.role == role]
+        if not runs:
+            return NOT_MEASURED
+        return f"{runs[0].contestant} {mean(run.test_accuracy[-1] for run in runs):.2f} %"
+
+    seeds = len({training.seed for training in trainings})
+    epochs = len(trainings[0].test_accuracy)
+    case = f"test accuracy after {epochs} epochs, {'1 seed' if seeds == 1 else f'mean of {seeds} seeds'}"
+    return [case, describe("ours"), describe("peer"), "-"]
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def update_readme(readme: Path, all_results: Iterable[Results]) -> None:
+    """Put the tables between the markers of a README."""
+    text = readme.read_text()
+    if START not in text or END not in text:
+        raise SystemExit(f"{readme} lacks the markers {START} and {END}")
+    before, rest = text.split(START, 1)
+    after = rest.split(END, 1)[1]
+    readme.write_text(f"{before}{START}\n{readme_section(all_results)}\n{END}{after}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks.report", description="Renders stored benchmark results.")
+    parser.add_argument("results", nargs="*", type=Path, help="result folders; default: all in benchmarks/results")
+    parser.add_argument("--readme", action="store_true", help="update the table in README.md instead of printing")
+    arguments = parser.parse_args()
+    folders = arguments.results or sorted(path.parent for path in REPOSITORY.glob("benchmarks/results/*/results.json"))
+    all_results = [Results.load(folder) for folder in folders]
+    if arguments.readme:
+        update_readme(REPOSITORY / "README.md", all_results)
+        return
+    for folder, results in zip(folders, all_results, strict=True):
+        print_report(results, Console())
+        write_report(results, folder)
+
+
+if __name__ == "__main__":
+    main()

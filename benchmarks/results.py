@@ -1,0 +1,108 @@
+"""The figures of one run, and their JSON and CSV form."""
+
+import csv
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.environment import Environment
+
+BENCHES = {
+    "agc": "Adaptive gradient clipping",
+    "weight_standardize": "Weight standardization",
+    "scaled_activation": "Scaled activations",
+    "step": "Training step and inference",
+    "convergence": "Training on handwritten digits",
+}
+
+Role = Literal["ours", "peer", "ceiling"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one contestant took for one case.
+
+    ``relative_time`` is its median over ours: 3.0 means that ours is three times as fast. ``bandwidth_fraction`` is the
+    share of the measured memory bandwidth that it reached, counting only the bytes the work cannot do without.
+    """
+
+    bench: str
+    case: str
+    contestant: str
+    role: Role
+    backend: str
+    rounds: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    relative_time: float
+    bandwidth_fraction: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """One network's training run: test accuracy in percent and mean training loss after every epoch."""
+
+    contestant: str
+    role: Role
+    backend: str
+    seed: int
+    seconds: float
+    test_accuracy: list[float]
+    train_loss: list[float]
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A figure that is missing, and why."""
+
+    bench: str
+    case: str
+    kind: Literal["failed", "skipped"]
+    reason: str
+
+
+@dataclass
+class Results:
+    """Everything one run of the benchmarks measured. ``bandwidth`` is in bytes per second."""
+
+    environment: Environment
+    bandwidth: dict[str, float] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
+    trainings: list[Training] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
+
+    def cases(self, bench: str) -> dict[str, list[Timing]]:
+        """The timings of one bench by case, in the order in which they were measured."""
+        grouped: dict[str, list[Timing]] = {}
+        for timing in self.timings:
+            if timing.bench == bench:
+                grouped.setdefault(timing.case, []).append(timing)
+        return grouped
+
+    def save(self, folder: Path) -> None:
+        """Write ``results.json`` and ``results.csv``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        self._save_csv(folder / "results.csv")
+
+    def _save_csv(self, path: Path) -> None:
+        # Every row names machine and versions, so that files of several machines can simply be concatenated.
+        environment = {key: value for key, value in asdict(self.environment).items() if key != "command"}
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, [*(column.name for column in fields(Timing)), *environment])
+            writer.writeheader()
+            writer.writerows({**asdict(timing), **environment} for timing in self.timings)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Results":
+        """Read what ``save`` wrote."""
+        stored = json.loads((folder / "results.json").read_text())
+        return cls(
+            environment=Environment(**stored["environment"]),
+            bandwidth=stored["bandwidth"],
+            timings=[Timing(**row) for row in stored["timings"]],
+            trainings=[Training(**row) for row in stored["trainings"]],
+            incidents=[Incident(**row) for row in stored["incidents"]],
+        )

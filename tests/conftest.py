@@ -1,0 +1,34 @@
+"""What every test shares: devices of timm's import, golden vectors, and fresh memory that holds NaN."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from benchmarks.torchvision_compat import prepare
+
+prepare()  # before any test imports timm
+
+settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """A fixed seed, and NaN in what torch.empty returns: an element that no kernel writes shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """The vectors of the authors' own code (tests/data/README.md)."""
+    with np.load(Path(__file__).parent / "data" / "deepmind.npz") as file:
+        return dict(file)
