@@ -174,16 +174,31 @@ def standardizations(function: Callable[..., object], *args: object) -> int:
 
 
 def make_eval_conv() -> nn.Module:
-    """A convolution in eval mode that has a skip gain as its owner would."""
+    """A convolution in eval mode that has what its owner would fold into it."""
     conv = nfk.WSConv2d(4, 6, 3)
     conv.skip_gain = nn.Parameter(torch.tensor(0.5))
+    conv.alpha = 0.2
     return perturb(conv).eval()
+
+
+def forward_folded(conv: nn.Module, x: Tensor) -> Tensor:
+    """The output of `make_eval_conv`'s, from a cached weight only without grad."""
+    return conv(x, skip_gain=conv.skip_gain, alpha=conv.alpha).detach()
 
 
 def _step(optimizer: type[torch.optim.Optimizer], conv: nn.Module, **options) -> None:
     for parameter in conv.parameters():
         parameter.grad = torch.ones_like(parameter).cumsum(-1)
     optimizer(conv.parameters(), lr=0.1, **options).step()
+
+
+def _try_for_the_old_address(conv: nn.Module) -> None:
+    """New data until it lies where the old did, which a cache that keeps the old data prevents."""
+    address = conv.weight.data_ptr()
+    for _ in range(1000):
+        conv.weight.data = torch.randn(6, 4, 3, 3)
+        if conv.weight.data_ptr() == address:
+            return
 
 
 # What a cached weight of `make_eval_conv` must not survive.
@@ -196,9 +211,8 @@ CACHE_CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "load_state_dict": lambda conv: conv.load_state_dict(make_eval_conv().state_dict()),
     "load_state_dict(assign=True)": lambda conv: conv.load_state_dict(make_eval_conv().state_dict(), assign=True),
     "new data": lambda conv: setattr(conv.weight, "data", torch.randn(6, 4, 3, 3)),
-    "new data, perhaps at the old address": lambda conv: [
-        setattr(conv.weight, "data", torch.randn(6, 4, 3, 3)) for _ in range(10)
-    ],
+    "new data at the old address": _try_for_the_old_address,
+    "alpha": lambda conv: setattr(conv, "alpha", 0.3),
     "other view of the data": lambda conv: setattr(conv.weight, "data", conv.weight.data.transpose(2, 3)),
     "data in place, in train mode": lambda conv: (conv.train(), conv.weight.data.mul_(torch.rand(3)), conv.eval()),
     "new parameter": lambda conv: setattr(conv, "weight", nn.Parameter(torch.randn(6, 4, 3, 3))),

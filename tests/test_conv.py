@@ -25,6 +25,7 @@ from .module_helpers import (
     check_conv,
     check_same,
     check_timm,
+    forward_folded,
     make_eval_conv,
     make_layer,
     on_one_thread,
@@ -248,21 +249,17 @@ def test_float64_stays_float64_under_autocast(name):
             assert_same(module.eval()(x), expected["output"])
 
 
-def uncached(conv, x):
-    return conv(x, skip_gain=conv.skip_gain, alpha=0.2).detach()
-
-
-cached = torch.no_grad()(uncached)
+cached = torch.no_grad()(forward_folded)
 
 
 @pytest.mark.parametrize("change", CACHE_CHANGES)
 def test_cache_serves_until_something_changes(change):
     conv, x = make_eval_conv(), torch.randn(2, 4, 7, 7)
-    before = uncached(conv, x)
+    before = forward_folded(conv, x)
     assert standardizations(lambda: [assert_same(cached(conv, x), before) for _ in range(3)]) == 1
     with torch.no_grad():
         CACHE_CHANGES[change](conv)
-    after = uncached(conv, x)
+    after = forward_folded(conv, x)
     assert not torch.allclose(before, after)
     assert standardizations(lambda: [assert_same(cached(conv, x), after) for _ in range(3)]) == 1
 
@@ -317,6 +314,9 @@ def test_inference_mode(name, modes):
         with mode():
             assert_same(module(x), expected.detach())
     results(module, module, x)
+    with torch.inference_mode():
+        made_here, x = make_layer(name)
+        assert_same(made_here.eval()(x), made_here.train()(x))
 
 
 @torch.no_grad()

@@ -92,8 +92,7 @@ def assert_results(f, shortcut, small, results, grad_h, grad_a, grads, *, key, s
     expected = reference.factor_backward(expected[2], f64, skip_gain, se, keep, alpha)
     for name, value, size, length in zip(SMALL, expected, sizes, lengths, strict=True):
         if value is not None:
-            acc = accumulation_dtype(f.dtype)
-            assert_rounded_once(grads[name], value, size, unit_length=length, computed_in=acc)
+            assert_rounded_once(grads[name], value, size, unit_length=length, computed_in=accumulation_dtype(f.dtype))
 
 
 def check(f, shortcut, small, backend, *, key="relu", scale=1.7, alpha=0.2, grad_layout="contiguous"):

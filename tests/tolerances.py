@@ -17,7 +17,12 @@ def relative_bound(dtype: torch.dtype, unit_length: int = 1, ulps: float = 2.0) 
 
 
 def assert_accurate(
-    actual: Tensor, expected: Tensor, *, unit_length: int = 1, ulps: float = 2.0, magnitude: Tensor | float | None = None
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    unit_length: int = 1,
+    ulps: float = 2.0,
+    magnitude: Tensor | float | None = None,
 ) -> None:
     """Asserts that actual is expected, a float64 result, up to rounding; NaN equals NaN and infinities are equal.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,14 +37,14 @@ def signal_propagation(model: NFResNet, x: Tensor) -> dict[str, Tensor]:
         raise TypeError(f"model must be an NFResNet, got {type(model).__name__}")
     metrics: dict[str, Tensor] = {}
 
-    def before_block(block: NFResNetBlock, inputs: tuple[Tensor, Tensor]) -> None:
-        h, a = inputs
+    def before_block(block: NFResNetBlock, inputs: tuple[Any, ...]) -> None:
+        h, a, *_ = inputs
         index = indices[block]
         if index == 0:
             metrics.update(_stream_metrics(h, 0))
         metrics[f"res_avg_var_{index}"] = block.branch(a).var(dim=(0, 2, 3), correction=0).mean()
 
-    def after_block(block: NFResNetBlock, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+    def after_block(block: NFResNetBlock, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         metrics.update(_stream_metrics(outputs[0], indices[block] + 1))
 
     indices = {block: index for index, block in enumerate(model.blocks)}

@@ -43,6 +43,12 @@ class _Cached(NamedTuple):
     prepared: Prepared
 
 
+def can_standardize_together(layers: Sequence[nn.Module]) -> bool:
+    """Whether all are standardized layers of one eps and eps_form, as the op takes one of each."""
+    standardized = [layer for layer in layers if isinstance(layer, Standardized)]
+    return len(standardized) == len(layers) and len({(layer.eps, layer.eps_form) for layer in standardized}) == 1
+
+
 def standardize_together(requests: Sequence[Request], input: Tensor) -> list[Prepared]:
     """The standardized weights of several layers in one pass, prepared for inputs like this one.
 
@@ -50,7 +56,7 @@ def standardize_together(requests: Sequence[Request], input: Tensor) -> list[Pre
         ValueError: the layers differ in eps or eps_form.
     """
     first = requests[0].layer
-    if any((layer.eps, layer.eps_form) != (first.eps, first.eps_form) for layer, _, _ in requests):
+    if not can_standardize_together([request.layer for request in requests]):
         raise ValueError("requests must be layers of one eps and eps_form")
     folded = [layer.folded(skip_gain, alpha) for layer, skip_gain, alpha in requests]
     weights = functional.weight_standardize_many(

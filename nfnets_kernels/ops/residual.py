@@ -19,7 +19,7 @@ from .library import (
     is_channels_last,
     register_autograd,
 )
-from .scaled_activation import APPROXIMATIONS, CPU_CODES, aligned, saves_output
+from .scaled_activation import APPROXIMATIONS, CPU_CODES, aligned, saves_output, scaled_activation_backward
 
 # The elementwise ones: h and a have one shape.
 ACTIVATIONS = tuple(name for name in GAMMA if name not in ("glu", "log_softmax"))
@@ -72,10 +72,15 @@ def _forward(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approxi
     return h, a
 
 
+def _is_one(skip_gain, se, keep, alpha):
+    """Whether the branch has no factor."""
+    return alpha == 1.0 and skip_gain is None and se is None and keep is None
+
+
 def _fake_backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
     """[gradient of shortcut], and where the branch has a factor [gradient of f, sums over space]."""
     grads = [dense_like(saved)]
-    if not (alpha == 1.0 and skip_gain is None and se is None and keep is None):
+    if not _is_one(skip_gain, se, keep, alpha):
         grads.append(dense_like(saved))
     if f is not None:
         acc = torch.float64 if saved.dtype == torch.float64 else torch.float32
@@ -84,7 +89,12 @@ def _fake_backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activat
 
 
 def _backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+    """grad_h is None where h has no further use, as before a projection: a pass over zeros is then saved."""
     key = function_key(activation, approximate)
+    if grad_h is None:
+        if _is_one(skip_gain, se, keep, alpha):
+            return [scaled_activation_backward(grad_a, saved, activation, scale, approximate, backend)]
+        grad_h = torch.zeros_like(saved)
     _, kernel = backends.select("residual", saved.device.type, backend, key)
     grads = _fake_backward(
         grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend
@@ -146,6 +156,7 @@ backends.register("residual", "cpu", variants=tuple(CPU_CODES))((_cpu_forward, _
 
 def _setup_context(ctx, inputs, output):
     f, _, skip_gain, se, keep, alpha, activation, scale, approximate, backend = inputs
+    ctx.set_materialize_grads(False)
     ctx.arguments = alpha, activation, scale, approximate, backend
     has_factor_grad = skip_gain is not None or se is not None or keep is not None
     saved = output[1] if saves_output(activation, scale) else output[0]
@@ -155,9 +166,16 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, grad_h, grad_a):
     alpha, activation, scale, approximate, backend = ctx.arguments
     f, saved, skip_gain, se, keep = ctx.saved_tensors
+    if grad_a is None:
+        if grad_h is None:
+            return (None,) * 10
+        if _is_one(skip_gain, se, keep, alpha):
+            return grad_h, grad_h, *[None] * 8
+        grad_a = torch.zeros_like(saved)
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again
         key = function_key(activation, approximate)
         product = reference.factor(saved, skip_gain, se, keep, alpha)
+        grad_h = torch.zeros_like(saved) if grad_h is None else grad_h
         grad_shortcut, grad_f, sums = reference.residual_backward(grad_h, grad_a, f, saved, product, key, scale)
     else:
         grads = residual_backward(
@@ -177,7 +195,7 @@ residual = define(
     _fake,
 )
 residual_backward = define(
-    "residual_backward(Tensor grad_h, Tensor grad_a, Tensor? f, Tensor saved, Tensor? skip_gain, Tensor? se, "
+    "residual_backward(Tensor? grad_h, Tensor grad_a, Tensor? f, Tensor saved, Tensor? skip_gain, Tensor? se, "
     "Tensor? keep, float alpha, str activation, float scale, str approximate, str backend) -> Tensor[]",
     _backward,
     _fake_backward,
