@@ -37,6 +37,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds per timing (default: what the time allows)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="of the training step (default: 8, on a GPU 128)")
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="of the training step (default: 224)")
+    parser.add_argument(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let malloc reuse freed memory, as jemalloc and tcmalloc do, so that page faults do not blur the timings",
+    )
     return parser.parse_args()
 
 
@@ -46,13 +52,12 @@ def main() -> int:
 
     # Only now, so that --help answers at once.
     import torch
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     import nfnets_kernels as nfk
-    from benchmarks.environment import REPOSITORY, Environment
+    from benchmarks.environment import REPOSITORY, Environment, keep_freed_memory
     from benchmarks.harness import Session, Settings
-    from benchmarks.report import print_report, write_report
+    from benchmarks.report import make_console, print_report, write_report
     from benchmarks.results import Results
 
     if arguments.threads:
@@ -66,13 +71,12 @@ def main() -> int:
         batch_size=arguments.batch_size or (8 if device == "cpu" else 128),
         image_size=arguments.image_size,
     )
-    results = Results(Environment.record(device))
+    results = Results(Environment.record(device, arguments.keep_memory and keep_freed_memory()))
     folder = arguments.output or REPOSITORY / "benchmarks" / "results" / results.environment.slug
     if arguments.only and not arguments.output:
         folder /= "partial"
 
-    # The default of 80 columns for files and pipes is too narrow for the tables.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = make_console()
     console.print(str(nfk.backend.describe()), markup=False, highlight=False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     interrupted = False

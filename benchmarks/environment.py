@@ -1,5 +1,7 @@
 """What a figure depends on besides the code: machine, versions, commit."""
 
+import ctypes
+import os
 import platform
 import re
 import subprocess
@@ -31,10 +33,11 @@ class Environment:
     nfnets_kernels: str
     commit: str
     dirty: bool
+    keeps_memory: bool = False
 
     @classmethod
-    def record(cls, device: str) -> "Environment":
-        """Describe the running process, whose benchmarks run on ``device``."""
+    def record(cls, device: str, keeps_memory: bool) -> "Environment":
+        """Describe the running process, whose benchmarks run on ``device``; see ``keep_freed_memory``."""
         return cls(
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=" ".join(["python -m benchmarks", *sys.argv[1:]]),
@@ -50,6 +53,7 @@ class Environment:
             commit=_git("rev-parse", "HEAD") or "unknown",
             # Results land inside the checkout, so they must not count as a change of the code that made them.
             dirty=bool(_git("--no-optional-locks", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
+            keeps_memory=keeps_memory,
         )
 
     @property
@@ -72,6 +76,31 @@ def cpu_name() -> str:
         if match:
             return match.group(1).strip()
     return platform.processor() or platform.machine()
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc reuse freed memory instead of returning it to the system; False where that cannot be set.
+
+    glibc returns every block above 32 MB at once, so that each large temporary is paid for in page faults, or not, by
+    chance: the same op on 64 MB takes 7 or 25 ms. jemalloc and tcmalloc, which PyTorch's guide to CPU performance
+    advises, keep it as well.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    return mallopt is not None and all(
+        mallopt(option, value) for option, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 1 << 28))
+    )
+
+
+def other_cpu_seconds() -> float | None:
+    """CPU time that everything but this process has used since boot, None where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    own = os.times()
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - (own.user + own.system + own.children_user + own.children_system)
 
 
 def _version(package: str) -> str:

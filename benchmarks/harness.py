@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,10 +14,14 @@ from rich.progress import Progress
 from torch import nn
 
 import nfnets_kernels as nfk
+from benchmarks.environment import other_cpu_seconds
 from benchmarks.results import Incident, Results, Role, Timing, Training
 
 Clock = Callable[[Callable[[], object]], float]
 Item = TypeVar("Item")
+
+# Cores that other processes may keep busy during a timing before it is called disturbed.
+DISTURBANCE = 0.2
 
 
 class BenchmarkError(Exception):
@@ -210,7 +215,7 @@ class Session:
         self.results.save(self.folder)
 
     def report_incident(self, incident: Incident) -> None:
-        """Record and print why a figure is missing."""
+        """Record and print why a figure is missing or not to be trusted."""
         self.results.incidents.append(incident)
         self.results.save(self.folder)
         kind = f"[{'red' if incident.kind == 'failed' else 'yellow'}]{incident.kind}[/]"
@@ -244,9 +249,21 @@ class Session:
         affordable = int(self.settings.seconds / sum(times[-1] for times in warm_up))
         rounds = self.settings.rounds or min(max(affordable, fewest), most)
         task = self.progress.add_task(f"  {comparison.case}", total=rounds)
-        samples = interleave(runs, rounds, self.clock, comparison.setup, lambda: self.progress.advance(task))
+        with self._watch_other_processes(comparison):
+            samples = interleave(runs, rounds, self.clock, comparison.setup, lambda: self.progress.advance(task))
         self.progress.remove_task(task)
         return samples
+
+    @contextmanager
+    def _watch_other_processes(self, comparison: Comparison) -> Iterator[None]:
+        """Say so if others used the CPU: they slow code with many parallel regions, mostly the peers, by up to 100x."""
+        before, start = other_cpu_seconds(), time.perf_counter()
+        yield
+        after, seconds = other_cpu_seconds(), time.perf_counter() - start
+        if before is None or after is None or (after - before) / seconds < DISTURBANCE:
+            return
+        reason = f"other processes kept {(after - before) / seconds:.1f} cores busy; run it again on an idle machine"
+        self.report_incident(Incident(comparison.bench, comparison.case, "disturbed", reason))
 
     def _record(
         self, comparison: Comparison, entrants: Sequence[tuple[Contestant, str]], samples: Sequence[list[float]]

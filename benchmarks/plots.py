@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.results import BENCHES, Results, Role, Timing
 
@@ -87,6 +88,7 @@ def plot_trainings(results: Results, path: Path) -> None:
         axes.plot(epochs, training.test_accuracy, color=COLOURS[training.role], label=label, linewidth=1.5)
     axes.set_ylim(80, 100.5)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"{BENCHES['convergence']} ({results.environment.machine})", fontweight="bold")
     axes.legend(frameon=False, loc="lower right")

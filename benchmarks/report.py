@@ -1,6 +1,7 @@
 """Turns results into tables for the terminal, Markdown and the README. ``python -m benchmarks.report --help``."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
@@ -19,6 +20,11 @@ COLUMNS = {
     "timings": ["Case", "Contestant", "Backend", "Median ms", "20 to 80 %", "Time / ours", "Bandwidth"],
     "trainings": ["Network", "Seed", "Backend", "Test accuracy, %", "Best epoch, %", "Time, s"],
 }
+
+
+def make_console() -> Console:
+    """A console that leaves the tables room in files and pipes, where rich assumes 80 columns."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -58,7 +64,7 @@ def summary(results: Results) -> str:
         parts.append(f"## {title}\n\n{markdown(columns, rows) if rows else NOT_MEASURED}")
     if results.incidents:
         missing = [f"- {one.bench}, {one.case}: {one.kind}: {one.reason}" for one in results.incidents]
-        parts.append("## Missing figures\n\n" + "\n".join(missing))
+        parts.append("## Missing and disturbed figures\n\n" + "\n".join(missing))
     return "\n\n".join(parts) + "\n"
 
 
@@ -103,10 +109,14 @@ def machine_line(results: Results) -> str:
     environment = results.environment
     bandwidth = ", ".join(f"{kind} {rate / 1e9:.0f} GB/s" for kind, rate in results.bandwidth.items())
     commit = environment.commit[:10] + (" with uncommitted changes" if environment.dirty else "")
+    malloc = "malloc keeps freed memory" if environment.keeps_memory else "malloc as the system has it"
+    disturbed = sum(incident.kind == "disturbed" for incident in results.incidents)
+    warning = f"; {disturbed} comparisons disturbed by other processes" if disturbed else ""
     return (
-        f"{environment.machine}; memory: {bandwidth}; nfnets_kernels {environment.nfnets_kernels}, commit {commit}; "
-        f"torch {environment.torch}, torchvision {environment.torchvision}, timm {environment.timm}, "
-        f"Python {environment.python}; {environment.date[:10]}"
+        f"{environment.machine}; memory: {bandwidth}; {malloc}; "
+        f"nfnets_kernels {environment.nfnets_kernels}, commit {commit}; torch {environment.torch}, "
+        f"torchvision {environment.torchvision}, timm {environment.timm}, Python {environment.python}; "
+        f"{environment.date[:10]}{warning}"
     )
 
 
@@ -197,7 +207,7 @@ def main() -> None:
         update_readme(REPOSITORY / "README.md", all_results)
         return
     for folder, results in zip(folders, all_results, strict=True):
-        print_report(results, Console())
+        print_report(results, make_console())
         write_report(results, folder)
 
 

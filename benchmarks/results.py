@@ -24,7 +24,8 @@ class Timing:
     """How long one contestant took for one case.
 
     ``relative_time`` is its median over ours: 3.0 means that ours is three times as fast. ``bandwidth_fraction`` is the
-    share of the measured memory bandwidth that it reached, counting only the bytes the work cannot do without.
+    share of the measured memory bandwidth that it reached, counting only the bytes the work cannot do without; it can
+    exceed 1 where data is still in a cache.
     """
 
     bench: str
@@ -55,11 +56,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Incident:
-    """A figure that is missing, and why."""
+    """A figure that is missing or, if disturbed, not to be trusted, and why."""
 
     bench: str
     case: str
-    kind: Literal["failed", "skipped"]
+    kind: Literal["failed", "skipped", "disturbed"]
     reason: str
 
 

@@ -10,20 +10,24 @@ namespace nfk {
 namespace {
 
 struct Team {
-  // Four sums over four quarters hide the latency of the adder (4 cycles on current x86).
+  // Sums in 64 lanes, four AVX-512 vectors, hide the latency of the adder; reading the unit front to back keeps the
+  // prefetcher on one stream, also from unit to unit.
   template <class Acc, class F>
   NFK_INLINE Acc sum(int64_t n, F f) const {
-    const int64_t quarter = n / 4;
-    Acc a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = 0; i < quarter; ++i) {
-      a += f(i);
-      b += f(i + quarter);
-      c += f(i + 2 * quarter);
-      d += f(i + 3 * quarter);
+    constexpr int64_t kLanes = 64;
+    Acc lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += f(i + lane);
     }
-    for (int64_t i = 4 * quarter; i < n; ++i) a += f(i);
-    return (a + b) + (c + d);
+#pragma omp simd
+    for (int64_t lane = 0; lane < n - i; ++lane) lanes[lane] += f(i + lane);
+    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+#pragma omp simd
+      for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    return lanes[0];
   }
 
   template <class Acc, class F>
