@@ -113,10 +113,15 @@ def without_grad(standardize: Standardize) -> Standardize:
 
 
 def forward_backward(convs: Convolutions, grad_outputs: Sequence[torch.Tensor]) -> Callable[[Standardize], Standardize]:
-    """The forward pass, then the gradients of weights and gains."""
+    """The forward pass, then the gradients of weights and gains.
+
+    The output's gradient lies in memory as the output does, which is how a convolution returns it.
+    """
 
     def timed(standardize: Standardize) -> Standardize:
-        return lambda: torch.autograd.grad(standardize(), convs.inputs, grad_outputs)
+        pairs = zip(without_grad(standardize)(), grad_outputs, strict=True)
+        grads = [torch.empty_like(out).copy_(grad) for out, grad in pairs]
+        return lambda: torch.autograd.grad(standardize(), convs.inputs, grads)
 
     return timed
 
