@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops.library import check_choice
 from .reference.scaled_activation import GAMMA
 
 _FORMAT_NAMES = {
@@ -25,8 +26,7 @@ def gamma(name: str) -> float:
     Raises:
         ValueError: the name is not in the table.
     """
-    if name not in GAMMA:
-        raise ValueError(f"name must be one of {tuple(GAMMA)}, got {name!r}")
+    check_choice("name", name, tuple(GAMMA))
     return GAMMA[name]
 
 
@@ -56,8 +56,7 @@ def scaled_activation(
         TypeError: x is not a dense floating tensor.
         ValueError: unknown name, approximate or backend, or a scale that is not finite.
     """
-    if name not in GAMMA:
-        raise ValueError(f"name must be one of {tuple(GAMMA)}, got {name!r}")
+    check_choice("name", name, tuple(GAMMA))
     scale = (GAMMA[name] if gamma is None else gamma) * beta
     ops.scaled_activation.check(x, name, scale, approximate)
     return ops.scaled_activation.scaled_activation(x, name, scale, approximate, backend)

@@ -198,6 +198,16 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: list[Tensor]) ->
     return [x.detach() for x in outputs] + list(torch.autograd.grad(outputs, inputs, cotangents))
 
 
+def assert_same_for_any_threads(function: Callable[..., Any], inputs: list[Tensor]) -> None:
+    """Outputs and gradients are the same, bit for bit, on 1 and 2 threads and from run to run."""
+    runs = []
+    for count in (1, 2, 2, 1):
+        with threads(count):
+            runs.append(outputs_and_gradients(function, inputs))
+    for run in runs[1:]:
+        assert_same(run, runs[0])
+
+
 def assert_compiled_is_eager(
     function: Callable[..., Any], *input_lists: list[Tensor], compiler: str = "aot_eager", dynamic: bool | None = None
 ) -> None:

@@ -27,10 +27,10 @@ from .helpers import (
     assert_fake_is_real,
     assert_rounded_once,
     assert_same,
+    assert_same_for_any_threads,
     available,
     derivative_size,
     named,
-    outputs_and_gradients,
     randn,
     serving,
     targets,
@@ -341,12 +341,7 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(backend, layout):
         factors = dict(zip(SMALL, small, strict=True))
         return residual(f, shortcut, **factors, backend=backend), residual(f, shortcut, backend=backend)
 
-    runs = []
-    for count in (1, 2, 2, 1):
-        with threads(count):
-            runs.append(outputs_and_gradients(function, inputs))
-    for run in runs[1:]:
-        assert_same(run, runs[0])
+    assert_same_for_any_threads(function, inputs)
 
 
 @pytest.mark.parametrize("target", RELU_TARGETS)

@@ -24,10 +24,10 @@ from .helpers import (
     assert_fake_is_real,
     assert_rounded_once,
     assert_same,
+    assert_same_for_any_threads,
     available,
     derivative_size,
     named,
-    outputs_and_gradients,
     randn,
     serving,
     targets,
@@ -305,12 +305,7 @@ def test_compile_with_inductor(dynamic):
 @pytest.mark.parametrize(("key", "target"), KERNEL_CASES)
 def test_same_bits_for_any_number_of_threads_and_in_every_run(key, backend):
     x = 3 * randn(300_001)
-    runs = []
-    for count in (1, 2, 2, 1):
-        with threads(count):
-            runs.append(outputs_and_gradients(lambda x: activate(x, key, backend=backend), [x.requires_grad_()]))
-    for run in runs[1:]:
-        assert_same(run, runs[0])
+    assert_same_for_any_threads(lambda x: activate(x, key, backend=backend), [x.requires_grad_()])
 
 
 @pytest.mark.parametrize("target", RELU_TARGETS)

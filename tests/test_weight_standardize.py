@@ -23,8 +23,8 @@ from .helpers import (
     assert_fake_is_real,
     assert_rounded_once,
     assert_same,
+    assert_same_for_any_threads,
     available,
-    outputs_and_gradients,
     randn,
     serving,
     targets,
@@ -329,12 +329,7 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(backend):
     def function(*weights):
         return weight_standardize_many(weights, memory_format=torch.contiguous_format, backend=backend)
 
-    runs = []
-    for count in (1, 2, 2, 1):
-        with threads(count):
-            runs.append(outputs_and_gradients(function, inputs))
-    for run in runs[1:]:
-        assert_same(run, runs[0])
+    assert_same_for_any_threads(function, inputs)
 
 
 @pytest.mark.parametrize("target", TARGETS)

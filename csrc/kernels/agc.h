@@ -51,9 +51,9 @@ NFK_INLINE void clip_unit(const Team& team, const W* weight, G* grad, int64_t n,
   if (grad_norm < max_norm) return;  // false for a NaN norm, which must reach the gradient
   const double factor = max_norm / at_least(grad_norm, 1e-6);
   const Acc rounded = static_cast<Acc>(factor);
-  if (std::isnormal(rounded) || rounded != rounded) {
+  if (std::isnormal(rounded)) {
     team.each(n, [=](int64_t i) { grad[i] = store<G>(load(grad[i]) * rounded); });
-  } else {  // 0, or below 1.2e-38, where a float32 has few digits left
+  } else {  // 0, NaN, or below 1.2e-38, where a float32 has few digits left
     team.each(n, [=](int64_t i) { grad[i] = store<G>(load(grad[i]) * factor); });
   }
 }

@@ -44,51 +44,47 @@ struct Accumulate<double> {
   using type = double;
 };
 
-NFK_INLINE float decode(bfloat16, uint32_t bits) { return bit_cast<float>(bits << 16); }
-
-// Branch-free, so that compilers vectorize it: exponent re-bias for normals, integer conversion for subnormals.
-NFK_INLINE float decode(float16, uint32_t bits) {
-  const uint32_t sign = (bits & 0x8000u) << 16;
-  const uint32_t magnitude = bits & 0x7fffu;
-  const uint32_t normal = (magnitude << 13) + 0x38000000u;  // (127 - 15) << 23
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;
-  const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
-  return bit_cast<float>(sign | (magnitude >= 0x7c00u ? special : finite));
-}
-
-// Round to nearest even, as torch does.
-NFK_INLINE uint32_t encode(bfloat16, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
-}
-NFK_INLINE uint32_t encode(float16, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 0.5, whose last place is 2^-24, makes the float adder round to float16's subnormal grid.
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return sign | (magnitude >= 0x477ff000u ? large : finite);
-}
-
+// How a storage type is read into its accumulation type and rounded back, to nearest even as torch does.
 template <class T>
-struct Storage {
-  static NFK_INLINE float load(T x) { return decode(T{}, x.bits); }
-  static NFK_INLINE T store(float x) { return {static_cast<uint16_t>(encode(T{}, x))}; }
+struct Storage {  // float and double hold what they compute
+  static NFK_INLINE T load(T x) { return x; }
+  static NFK_INLINE T store(T x) { return x; }
 };
+
 template <>
-struct Storage<float> {
-  static NFK_INLINE float load(float x) { return x; }
-  static NFK_INLINE float store(float x) { return x; }
+struct Storage<bfloat16> {
+  static NFK_INLINE float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+  static NFK_INLINE bfloat16 store(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+  }
 };
+
+// Branch-free, so that compilers vectorize it.
 template <>
-struct Storage<double> {
-  static NFK_INLINE double load(double x) { return x; }
-  static NFK_INLINE double store(double x) { return x; }
+struct Storage<float16> {
+  // Exponent re-bias for normals, integer conversion for subnormals.
+  static NFK_INLINE float load(float16 x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t magnitude = x.bits & 0x7fffu;
+    const uint32_t normal = (magnitude << 13) + 0x38000000u;  // (127 - 15) << 23
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;
+    const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
+    return bit_cast<float>(sign | (magnitude >= 0x7c00u ? special : finite));
+  }
+  static NFK_INLINE float16 store(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding 0.5, whose last place is 2^-24, makes the float adder round to float16's subnormal grid.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite))};
+  }
 };
 
 template <class T>

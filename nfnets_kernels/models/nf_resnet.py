@@ -7,7 +7,6 @@ standardized weight of the convolution that follows, alpha and skip_gain into th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from .. import functional, ops
 from ..modules import SqueezeExcite, WSConv2d
 from ..modules.standardized import Prepared, Request, can_standardize_together, standardize_together
-from ..ops.library import check_choice
+from ..ops.library import check_choice, check_finite
 
 DEPTHS = {
     50: (3, 4, 6, 3),
@@ -181,8 +180,7 @@ class NFResNet(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if shortcut not in SHORTCUTS:
-            raise ValueError(f"shortcut must be one of {SHORTCUTS}, got {shortcut!r}")
+        check_choice("shortcut", shortcut, SHORTCUTS)
         for name, rate in (("stochdepth_rate", stochdepth_rate), ("drop_rate", drop_rate)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {rate}")
@@ -190,8 +188,7 @@ class NFResNet(nn.Module):
             raise ValueError(f"depth must hold the blocks of {len(STAGE_WIDTHS)} stages, got {tuple(depth)}")
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite, got {alpha}")
+        check_finite("alpha", alpha)
         check_choice("activation", activation, ops.residual.ACTIVATIONS)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.depth = tuple(depth)
@@ -254,11 +251,12 @@ class NFResNet(nn.Module):
         """
         if stage[0].conv0.keeps_standardized():
             return [[] for _ in stage]
-        requests = [block.requests() for block in stage]
-        if not can_standardize_together([request.layer for block in requests for request in block]):
+        by_block = [block.requests() for block in stage]
+        requests = [request for block in by_block for request in block]
+        if not can_standardize_together([request.layer for request in requests]):
             return [[] for _ in stage]
-        prepared = iter(standardize_together([request for block in requests for request in block], a))
-        return [[next(prepared) for _ in block] for block in requests]
+        prepared = iter(standardize_together(requests, a))
+        return [[next(prepared) for _ in block] for block in by_block]
 
     def forward_pool(self, x: Tensor) -> Tensor:
         """Images to pooled features (N, channels): the average of the last activation, gamma included."""
@@ -274,30 +272,26 @@ class NFResNet(nn.Module):
         return self.fc(F.dropout(self.forward_pool(x), self.drop_rate, self.training))
 
 
-def _variant(layers: int, kwargs: dict[str, Any]) -> NFResNet:
-    return NFResNet(DEPTHS[layers], **kwargs)
-
-
 def nf_resnet50(**kwargs: Any) -> NFResNet:
     """NF-ResNet-50; keyword arguments as `NFResNet`."""
-    return _variant(50, kwargs)
+    return NFResNet(DEPTHS[50], **kwargs)
 
 
 def nf_resnet101(**kwargs: Any) -> NFResNet:
     """NF-ResNet-101; keyword arguments as `NFResNet`."""
-    return _variant(101, kwargs)
+    return NFResNet(DEPTHS[101], **kwargs)
 
 
 def nf_resnet152(**kwargs: Any) -> NFResNet:
     """NF-ResNet-152; keyword arguments as `NFResNet`."""
-    return _variant(152, kwargs)
+    return NFResNet(DEPTHS[152], **kwargs)
 
 
 def nf_resnet200(**kwargs: Any) -> NFResNet:
     """NF-ResNet-200; keyword arguments as `NFResNet`."""
-    return _variant(200, kwargs)
+    return NFResNet(DEPTHS[200], **kwargs)
 
 
 def nf_resnet288(**kwargs: Any) -> NFResNet:
     """NF-ResNet-288; keyword arguments as `NFResNet`."""
-    return _variant(288, kwargs)
+    return NFResNet(DEPTHS[288], **kwargs)

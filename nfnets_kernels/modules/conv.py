@@ -99,17 +99,17 @@ class _WSConv(Standardized):
         return super().extra_repr() + (", padding='SAME'" if self._same else "")
 
 
-class WSConv1d(_WSConv, nn.Conv1d):
-    """`nn.Conv1d` with a standardized weight; arguments and errors as `WSConv2d`."""
+class _WSConvNd(_WSConv):
+    """The constructor of WSConv1d, 2d and 3d."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: str | int | tuple[int] = 0,
-        dilation: int | tuple[int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: PaddingMode = "zeros",
@@ -129,7 +129,11 @@ class WSConv1d(_WSConv, nn.Conv1d):
         self._init_conv((out_channels,) if gain else None, same, gamma, eps, eps_form)
 
 
-class WSConv2d(_WSConv, nn.Conv2d):
+class WSConv1d(_WSConvNd, nn.Conv1d):
+    """`nn.Conv1d` with a standardized weight; arguments and errors as `WSConv2d`."""
+
+
+class WSConv2d(_WSConvNd, nn.Conv2d):
     """`nn.Conv2d` with a standardized weight, the WSConv2D of the authors' code (nfnets/base.py).
 
     Args:
@@ -146,61 +150,9 @@ class WSConv2d(_WSConv, nn.Conv2d):
         ValueError: a fan-in of 1 (its standardized weight is zero), or gamma, eps or eps_form is not accepted.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        gain: bool = True,
-        gamma: float = 1.0,
-        eps: float = 1e-4,
-        eps_form: str = "clamp",
-    ) -> None:
-        same = padding == "SAME"
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, 0 if same else padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
-        self._init_conv((out_channels,) if gain else None, same, gamma, eps, eps_form)
 
-
-class WSConv3d(_WSConv, nn.Conv3d):
+class WSConv3d(_WSConvNd, nn.Conv3d):
     """`nn.Conv3d` with a standardized weight; arguments and errors as `WSConv2d`."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
-        padding: str | int | tuple[int, int, int] = 0,
-        dilation: int | tuple[int, int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        gain: bool = True,
-        gamma: float = 1.0,
-        eps: float = 1e-4,
-        eps_form: str = "clamp",
-    ) -> None:
-        same = padding == "SAME"
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, 0 if same else padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
-        self._init_conv((out_channels,) if gain else None, same, gamma, eps, eps_form)
 
 
 class WSConvTranspose2d(Standardized, nn.ConvTranspose2d):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import functional, ops
-from ..ops.library import is_channels_last
+from ..ops.library import check_finite, is_channels_last
 
 # Fused optimizers write parameters without a new version: every step of any optimizer makes cached weights stale.
 _optimizer_steps = 0
@@ -87,8 +86,7 @@ class Standardized(nn.Module):
     def _init_standardization(
         self, gain_shape: tuple[int, ...] | None, gamma: float, eps: float, eps_form: str, gain_init: float = 1.0
     ) -> None:
-        if not math.isfinite(gamma):
-            raise ValueError(f"gamma must be finite, got {gamma}")
+        check_finite("gamma", gamma)
         weight = self.unit_axis_first(self.weight)
         ops.weight_standardize.check([weight], [], [gamma], eps, eps_form, None, "preserve")
         self.gamma = gamma

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import backend as backends
 from ..reference import agc as reference
-from .library import FLOAT_DTYPES, check_choice, define, is_unit_dense
+from .library import check_choice, check_float, define, is_unit_dense, unit_dense
 
 RULES = ("timm", "deepmind")
 
@@ -44,13 +44,8 @@ def overlaps(tensor: Tensor) -> bool:
 
 def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
     """Raises ValueError or TypeError if this gradient cannot be clipped in place."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
-    if grad.layout != torch.strided:
-        raise TypeError(f"{name}.grad must be a dense (strided) tensor, got layout {grad.layout}")
-    for what, tensor in ((name, weight), (f"{name}.grad", grad)):
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{what} must have one of the dtypes {FLOAT_DTYPES}, got {tensor.dtype}")
+    check_float(name, weight)
+    check_float(f"{name}.grad", grad)
     if grad.shape != weight.shape:
         raise ValueError(f"{name}.grad must have the shape {tuple(weight.shape)}, got {tuple(grad.shape)}")
     if grad.device != weight.device:
@@ -99,23 +94,26 @@ class Table:
     """The weights' half of the CPU kernel's unit table (csrc/units.h): the half that stays from step to step."""
 
     def __init__(self, weights: Sequence[Tensor], rule: str) -> None:
+        self.rule = rule
         self.weights = list(weights)
         self.shapes = [weight.shape for weight in weights]
-        self.dense = [weight if is_unit_dense(weight) else weight.contiguous() for weight in weights]
+        self.dense = list(map(unit_dense, weights))
         self.layouts = list(map(_layout, self.weights))
         self.pointers = [weight.data_ptr() for weight in self.dense]
         self.counts = [1 if reference.is_one_unit(shape, rule) else shape[0] for shape in self.shapes]
         self.lengths = [weight.numel() // count for weight, count in zip(weights, self.counts, strict=True)]
         self.codes = [backends.DTYPE_CODES[weight.dtype] for weight in weights]
 
-    def fits(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    def fits(self, weights: Sequence[Tensor], grads: Sequence[Tensor], rule: str, backend: str) -> bool:
         """Whether it still describes these weights, and the kernel takes these gradients as they lie.
 
         A weight that was given other data may lie at the same address: a view of the old, or memory that was freed and
         given out again.
         """
         return (
-            len(weights) == len(self.weights)
+            rule == self.rule
+            and backends.serving("agc", "cpu", backend) == "cpu"
+            and len(weights) == len(self.weights)
             and all(map(operator.is_, weights, self.weights))
             and list(map(_layout, weights)) == self.layouts
             and all(
@@ -144,7 +142,7 @@ class Table:
 
 @backends.register("agc", "cpu")
 def _cpu(weights, grads, clip_factor, eps, norm_type, rule):
-    dense = [grad if is_unit_dense(grad) else grad.contiguous() for grad in grads]
+    dense = list(map(unit_dense, grads))
     Table(weights, rule).clip_(dense, clip_factor, eps, norm_type)
     for grad, clipped in zip(grads, dense, strict=True):
         if grad is not clipped:

@@ -71,6 +71,16 @@ def dense_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=memory_format)
 
 
+def aligned(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor itself if it has the strides of `like`, a dense tensor; otherwise a copy that has."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def unit_dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if its units are dense; otherwise a contiguous copy."""
+    return tensor if is_unit_dense(tensor) else tensor.contiguous()
+
+
 def is_unit_dense(tensor: Tensor) -> bool:
     """Whether each index of dim 0 is one dense run of memory and the runs lie one behind the other."""
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=channels_last_format(tensor))

@@ -9,7 +9,9 @@ from torch import Tensor
 from .. import backend as backends
 from ..reference import residual as reference
 from ..reference.scaled_activation import GAMMA, function_key
+from ..reference.weight_standardize import accumulation_dtype
 from .library import (
+    aligned,
     check_choice,
     check_finite,
     check_float,
@@ -19,7 +21,7 @@ from .library import (
     is_channels_last,
     register_autograd,
 )
-from .scaled_activation import APPROXIMATIONS, CPU_CODES, aligned, saves_output, scaled_activation_backward
+from .scaled_activation import APPROXIMATIONS, CPU_CODES, saves_output, scaled_activation_backward
 
 # The elementwise ones: h and a have one shape.
 ACTIVATIONS = tuple(name for name in GAMMA if name not in ("glu", "log_softmax"))
@@ -46,14 +48,14 @@ def check(
             f"shortcut must have f's shape {tuple(f.shape)} and dtype {f.dtype}, "
             f"got {tuple(shortcut.shape)} and {shortcut.dtype}"
         )
-    shapes = {"skip_gain": (), "se": tuple(f.shape[:2]), "keep": tuple(f.shape[:1])}
-    for name, tensor in (("shortcut", shortcut), ("skip_gain", skip_gain), ("se", se), ("keep", keep)):
+    check_same_device("shortcut", shortcut, "f", f)
+    for name, tensor, shape in (("skip_gain", skip_gain, ()), ("se", se, f.shape[:2]), ("keep", keep, f.shape[:1])):
         if tensor is None:
             continue
         check_float(name, tensor)
         check_same_device(name, tensor, "f", f)
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("approximate", approximate, APPROXIMATIONS)
     for name, value in (("alpha", alpha), ("scale", scale)):
@@ -72,19 +74,13 @@ def _forward(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approxi
     return h, a
 
 
-def _is_one(skip_gain, se, keep, alpha):
-    """Whether the branch has no factor."""
-    return alpha == 1.0 and skip_gain is None and se is None and keep is None
-
-
 def _fake_backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
     """[gradient of shortcut], and where the branch has a factor [gradient of f, sums over space]."""
     grads = [dense_like(saved)]
-    if not _is_one(skip_gain, se, keep, alpha):
+    if not reference.is_one(skip_gain, se, keep, alpha):
         grads.append(dense_like(saved))
     if f is not None:
-        acc = torch.float64 if saved.dtype == torch.float64 else torch.float32
-        grads.append(saved.new_empty(saved.shape[:2], dtype=acc))
+        grads.append(saved.new_empty(saved.shape[:2], dtype=accumulation_dtype(saved.dtype)))
     return grads
 
 
@@ -92,7 +88,7 @@ def _backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, 
     """grad_h is None where h has no further use, as before a projection: a pass over zeros is then saved."""
     key = function_key(activation, approximate)
     if grad_h is None:
-        if _is_one(skip_gain, se, keep, alpha):
+        if reference.is_one(skip_gain, se, keep, alpha):
             return [scaled_activation_backward(grad_a, saved, activation, scale, approximate, backend)]
         grad_h = torch.zeros_like(saved)
     _, kernel = backends.select("residual", saved.device.type, backend, key)
@@ -169,7 +165,7 @@ def _gradients(ctx, grad_h, grad_a):
     if grad_a is None:
         if grad_h is None:
             return (None,) * 10
-        if _is_one(skip_gain, se, keep, alpha):
+        if reference.is_one(skip_gain, se, keep, alpha):
             return grad_h, grad_h, *[None] * 8
         grad_a = torch.zeros_like(saved)
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import backend as backends
 from ..reference import scaled_activation as reference
 from .library import (
+    aligned,
     channels_last_format,
     check_choice,
     check_finite,
@@ -44,11 +45,6 @@ def saves_output(key: str, scale: float) -> bool:
     ReLU's output is positive where its input is, as long as scaling cannot round a subnormal to zero.
     """
     return key == "relu" and scale >= 1.0
-
-
-def aligned(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor itself if it has the strides of `like`, a dense tensor; otherwise a copy that has."""
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def _fake(x, name, scale, approximate, backend):

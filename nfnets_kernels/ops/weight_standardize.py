@@ -18,8 +18,8 @@ from .library import (
     define,
     dense_like,
     is_channels_last,
-    is_unit_dense,
     register_autograd,
+    unit_dense,
 )
 
 EPS_FORMS = ("clamp", "add")
@@ -137,9 +137,8 @@ def _cpu(weights, gains, scales, eps, eps_form, outs=None, grads=None):
             if grad_gains:
                 grad_gains[i].zero_()  # of units without weights
             continue
-        weight = weight if is_unit_dense(weight) else weight.contiguous()
+        weight, other = unit_dense(weight), unit_dense(other)
         gain = gain if gain is None else gain.contiguous()
-        other = other if is_unit_dense(other) else other.contiguous()
         gradients = (grad_weights[i], grad_gains[i] if grad_gains else None) if backward else None
         rows.append(_row(weight, gain, other, gradients))
         row_scales.append(scales[i])

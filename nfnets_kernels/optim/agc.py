@@ -52,7 +52,6 @@ class AGC:
         self.backend = backend
         self.parameters = _included(module_or_params, exclude)
         self._table: ops.agc.Table | None = None
-        self._table_options = rule, backend
 
     def clip_(self) -> None:
         """Clips the gradients that are there now, in place and in one pass.
@@ -66,10 +65,8 @@ class AGC:
         weights = [parameter for parameter in self.parameters if parameter.grad is not None]
         grads: list[Any] = [parameter.grad for parameter in weights]
         ops.agc.check_options(self.clip_factor, self.eps, self.norm_type, self.rule, self.backend)
-        options = self.rule, self.backend
-        if self._table is None or options != self._table_options or not self._table.fits(weights, grads):
+        if self._table is None or not self._table.fits(weights, grads, self.rule, self.backend):
             self._clip_checked(weights)
-            self._table_options = options
             self._table = ops.agc.table_for(weights, self.rule, self.backend)
             return
         ops.agc.clip_table_(self._table, grads, self.clip_factor, self.eps, self.norm_type)

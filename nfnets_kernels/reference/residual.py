@@ -7,9 +7,14 @@ from .scaled_activation import scaled_activation, scaled_activation_backward
 from .weight_standardize import accumulation_dtype
 
 
+def is_one(skip_gain: Tensor | None, se: Tensor | None, keep: Tensor | None, alpha: float) -> bool:
+    """Whether `factor` is the constant 1, for which it returns None."""
+    return alpha == 1.0 and skip_gain is None and se is None and keep is None
+
+
 def factor(f: Tensor, skip_gain: Tensor | None, se: Tensor | None, keep: Tensor | None, alpha: float) -> Tensor | None:
     """`alpha * skip_gain * keep * 2 sigmoid(se)`, (N, C) in the accumulation dtype; None where it is the constant 1."""
-    if alpha == 1.0 and skip_gain is None and se is None and keep is None:
+    if is_one(skip_gain, se, keep, alpha):
         return None
     product = torch.full(f.shape[:2], alpha, dtype=accumulation_dtype(f.dtype), device=f.device)
     if skip_gain is not None:

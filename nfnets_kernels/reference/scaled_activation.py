@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .weight_standardize import accumulation_dtype
+
 # 1 / std(f(x)) for x ~ N(0, 1), digit for digit from the authors' code (nfnets/base.py, `nonlinearities`).
 GAMMA = {
     "identity": 1.0,
@@ -91,11 +93,10 @@ def function_key(name: str, approximate: str) -> str:
 
 def scaled_activation(x: Tensor, key: str, scale: float) -> Tensor:
     """`scale * f(x)`, computed in float32 (float64 for float64) and rounded once to the dtype of x."""
-    acc = x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (_FUNCTIONS[key](acc) * scale).to(x.dtype)
+    return (_FUNCTIONS[key](x.to(accumulation_dtype(x.dtype))) * scale).to(x.dtype)
 
 
 def scaled_activation_backward(grad: Tensor, x: Tensor, key: str, scale: float) -> Tensor:
     """Gradient of `scaled_activation` for x, by torch's own derivative of f."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    acc = accumulation_dtype(x.dtype)
     return _BACKWARDS[key](grad.to(acc) * scale, x.to(acc)).to(x.dtype)
