@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Collection, Iterator
 from types import ModuleType
@@ -19,8 +21,13 @@ import torch
 OPS = ("weight_standardize", "scaled_activation", "residual", "agc")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-# Fastest first; a device type that is not named here has the reference alone.
+# Fastest first; a device type that is not named here has the reference alone. ROCm calls its devices "cuda" too.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# Triton reads the variable when a kernel is defined. Interpreted kernels check the logic on CPU tensors, some thousand
+# times slower than compiled ones: they serve where they are asked for by name.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
+_TRITON_AT_LEAST = (3, 6)
 
 # Codes shared with csrc/units.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -43,6 +50,20 @@ def _import_extension() -> tuple[ModuleType | None, str]:
         return None, f"nfnets_kernels._C is not built ({error}); install the package with `pip install .`"
 
 
+def _triton_version() -> tuple[str, str]:
+    """Version of Triton, and why its kernels cannot be used, each empty where there is none."""
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            if tuple(int(part) for part in version.split(".")[:2]) < _TRITON_AT_LEAST:
+                needed = ".".join(map(str, _TRITON_AT_LEAST))
+                return version, f"triton {version} is installed and {needed} or newer needed"
+            return version, ""
+    return "", "triton is not installed; install it with `pip install triton`"
+
+
+_triton, _triton_missing = _triton_version()
+
 # torch is imported above, so the extension shares the OpenMP runtime (and its threads) that torch has loaded.
 extension, _extension_missing = _import_extension()
 
@@ -59,10 +80,14 @@ def register(op: str, backend: str, variants: Collection[str] | None = None) -> 
 
 def unavailable(op: str, backend: str, device: str, variant: str | None = None) -> str | None:
     """Why `backend` cannot serve `op` (of that activation) on a device type, or None if it can."""
-    if backend not in _PREFERENCE.get(device, ("reference",)):
+    if backend == "triton" and device == "cpu" and not TRITON_INTERPRETED:
+        return "it runs on cpu tensors only under Triton's interpreter (TRITON_INTERPRET=1 in the environment)"
+    if backend not in _PREFERENCE.get(device, ("reference",)) and (backend, device) != ("triton", "cpu"):
         return f"it does not run on {device} tensors"
     if backend == "cpu" and extension is None:
         return _extension_missing
+    if backend == "triton" and _triton_missing:
+        return _triton_missing
     kernel = _kernels.get((op, backend))
     if kernel is None:
         return f"this version has no {backend} kernel for {op}"
@@ -156,6 +181,8 @@ def describe() -> Description:
     else:
         threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "no OpenMP: one thread"
         build["CPU kernels"] = f"built; instruction set {extension.isa()}; {threads}"
+    interpreted = "; interpreted, and on cpu tensors where asked for by name" if TRITON_INTERPRETED else ""
+    build["Triton kernels"] = _triton_missing or f"compiled at first use by triton {_triton}{interpreted}"
     build["CUDA device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible to torch"
     return Description(
         build=build,

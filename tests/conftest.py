@@ -1,7 +1,13 @@
 """What every test shares: devices of timm's import, golden vectors, and fresh memory that holds NaN."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Triton reads it when a kernel is defined. Interpreted, its kernels run on CPU tensors; on a GPU they are compiled.
+DEVICE = os.environ.get("NFK_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from benchmarks.torchvision_compat import prepare
 
 prepare()  # before any test imports timm
+torch.set_default_device(DEVICE)
 
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")

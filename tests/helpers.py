@@ -1,6 +1,7 @@
 """What the tests of the ops share: the backends to test, memory layouts, error bounds, fake and compiled tensors."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from nfnets_kernels.reference.weight_standardize import accumulation_dtype
 
 from .tolerances import assert_accurate, relative_bound
 
+# The device whose kernels are tested: `NFK_TEST_DEVICE=cuda pytest` runs the same tests on a GPU.
+DEVICE = os.environ.get("NFK_TEST_DEVICE", "cpu")
 DTYPES = FLOAT_DTYPES
 INFINITY = float("inf")
 NAN = float("nan")
@@ -80,12 +83,12 @@ def instruction_sets() -> list[str]:
 
 
 def available(op: str, variant: str | None = None) -> list[str]:
-    """The backends that serve an op on CPU tensors."""
-    return [name for name in backend.BACKENDS[1:] if backend.unavailable(op, name, "cpu", variant) is None]
+    """The backends that serve an op on tensors of DEVICE."""
+    return [name for name in backend.BACKENDS[1:] if backend.unavailable(op, name, DEVICE, variant) is None]
 
 
 def targets(op: str, variant: str | None = None) -> list[str]:
-    """The backends that serve an op on CPU tensors, "cpu" once per instruction set: "cpu:avx2"."""
+    """The backends that serve an op on tensors of DEVICE, "cpu" once per instruction set: "cpu:avx2"."""
     isas = [f"cpu:{isa}" for isa in instruction_sets()]
     return [target for name in available(op, variant) for target in (isas if name == "cpu" else [name])]
 

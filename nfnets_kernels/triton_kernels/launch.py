@@ -1,0 +1,33 @@
+"""How a kernel is launched, and what all kernels share."""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+# 16 bytes: the widest access of a thread, and what allocations of torch are always aligned to.
+ACCESS_BYTES = 16
+
+
+def launch(kernel: Any, grid: int, device: torch.device, *, num_warps: int = 4, **arguments: Any) -> None:
+    """Runs `grid` programs of a kernel on the device's current stream; arguments by the kernel's parameter names."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(grid,)](num_warps=num_warps, **arguments)
+
+
+@triton.jit
+def scalar(value, DTYPE: tl.constexpr):
+    """A number argument in DTYPE.
+
+    Parameters that are annotated "fp64" take a Python float unrounded; the interpreter hands over the float itself.
+    """
+    return tl.full((), value, DTYPE)
