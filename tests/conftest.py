@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 
 from benchmarks.torchvision_compat import prepare
 
+from .interpreter import round_to_nearest
+
+round_to_nearest()
 prepare()  # before any test imports timm
 torch.set_default_device(DEVICE)
 

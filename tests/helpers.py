@@ -93,6 +93,11 @@ def targets(op: str, variant: str | None = None) -> list[str]:
     return [target for name in available(op, variant) for target in (isas if name == "cpu" else [name])]
 
 
+def sized(size: int, small: int, target: str) -> int:
+    """The size of a test's data, small where Triton's interpreter takes milliseconds per program."""
+    return small if target == "triton" and backend.TRITON_INTERPRETED else size
+
+
 @contextlib.contextmanager
 def serving(target: str) -> Iterator[str]:
     """Selects the target's instruction set inside the `with` block, and yields the name of its backend."""

@@ -60,17 +60,17 @@ def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
 @torch.no_grad()  # the tensors may require grad, and what follows is no part of their graph
 def _agc(weights, grads, clip_factor, eps, norm_type, rule, backend):
     check_choice("rule", rule, RULES)
-    by_device: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for weight, grad in zip(weights, grads, strict=True):
         if weight.shape != grad.shape:
             raise ValueError(
                 f"grads must have the shapes of weights, got {tuple(grad.shape)} for {tuple(weight.shape)}"
             )
         if grad.numel():
-            pair = by_device.setdefault(grad.device.type, ([], []))
+            pair = by_device.setdefault(grad.device, ([], []))
             pair[0].append(weight)
             pair[1].append(grad)
-    kernels = {device: backends.select("agc", device, backend) for device in by_device}
+    kernels = {device: backends.select("agc", device.type, backend) for device in by_device}
     for device, (device_weights, device_grads) in by_device.items():
         kernels[device](device_weights, device_grads, clip_factor, eps, norm_type, rule)
     torch.autograd.graph.increment_version(grads)
@@ -91,10 +91,12 @@ def _layout(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ..
 
 
 class Table:
-    """The weights' half of the CPU kernel's unit table (csrc/units.h): the half that stays from step to step."""
+    """The weights' half of a kernel's unit table (csrc/units.h): the half that stays from step to step."""
 
-    def __init__(self, weights: Sequence[Tensor], rule: str) -> None:
+    def __init__(self, weights: Sequence[Tensor], rule: str, backend: str) -> None:
         self.rule = rule
+        self.backend = backend
+        self.device = weights[0].device
         self.weights = list(weights)
         self.shapes = [weight.shape for weight in weights]
         self.dense = list(map(unit_dense, weights))
@@ -102,7 +104,7 @@ class Table:
         self.pointers = [weight.data_ptr() for weight in self.dense]
         self.counts = [1 if reference.is_one_unit(shape, rule) else shape[0] for shape in self.shapes]
         self.lengths = [weight.numel() // count for weight, count in zip(weights, self.counts, strict=True)]
-        self.codes = [backends.DTYPE_CODES[weight.dtype] for weight in weights]
+        self.dtypes = [weight.dtype for weight in weights]
 
     def fits(self, weights: Sequence[Tensor], grads: Sequence[Tensor], rule: str, backend: str) -> bool:
         """Whether it still describes these weights, and the kernel takes these gradients as they lie.
@@ -112,7 +114,7 @@ class Table:
         """
         return (
             rule == self.rule
-            and backends.serving("agc", "cpu", backend) == "cpu"
+            and backends.serving("agc", self.device.type, backend) == self.backend
             and len(weights) == len(self.weights)
             and all(map(operator.is_, weights, self.weights))
             and list(map(_layout, weights)) == self.layouts
@@ -124,42 +126,75 @@ class Table:
 
     def clip_(self, grads: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
         """Clips dense gradients of these weights."""
-        assert backends.extension is not None
-        backends.extension.agc(
-            self.pointers,
-            [grad.data_ptr() for grad in grads],
-            self.counts,
-            self.lengths,
-            self.codes,
-            [backends.DTYPE_CODES[grad.dtype] for grad in grads],
-            clip_factor,
-            eps,
-            _NORM_CODES.get(norm_type, 3),
-            norm_type,
-            torch.get_num_threads(),
-        )
+        _CLIP[self.backend](self, grads, clip_factor, eps, norm_type)
 
 
-@backends.register("agc", "cpu")
-def _cpu(weights, grads, clip_factor, eps, norm_type, rule):
-    dense = list(map(unit_dense, grads))
-    Table(weights, rule).clip_(dense, clip_factor, eps, norm_type)
-    for grad, clipped in zip(grads, dense, strict=True):
-        if grad is not clipped:
-            grad.copy_(clipped)
+def _clip_on_cpu(table: Table, grads: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+    assert backends.extension is not None
+    backends.extension.agc(
+        table.pointers,
+        [grad.data_ptr() for grad in grads],
+        table.counts,
+        table.lengths,
+        [backends.DTYPE_CODES[dtype] for dtype in table.dtypes],
+        [backends.DTYPE_CODES[grad.dtype] for grad in grads],
+        clip_factor,
+        eps,
+        _NORM_CODES.get(norm_type, 3),
+        norm_type,
+        torch.get_num_threads(),
+    )
+
+
+def _clip_with_triton(table: Table, grads: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+    from ..triton_kernels import agc
+
+    agc.agc(
+        table.pointers,
+        [grad.data_ptr() for grad in grads],
+        table.counts,
+        table.lengths,
+        table.dtypes,
+        [grad.dtype for grad in grads],
+        table.device,
+        clip_factor,
+        eps,
+        norm_type,
+    )
+
+
+_CLIP = {"cpu": _clip_on_cpu, "triton": _clip_with_triton}
+
+
+def _register(backend: str) -> None:
+    @backends.register("agc", backend)
+    def clip(weights, grads, clip_factor, eps, norm_type, rule):
+        dense = list(map(unit_dense, grads))
+        Table(weights, rule, backend).clip_(dense, clip_factor, eps, norm_type)
+        for grad, clipped in zip(grads, dense, strict=True):
+            if grad is not clipped:
+                grad.copy_(clipped)
+
+
+for _name in _CLIP:
+    _register(_name)
 
 
 def table_for(weights: Sequence[Tensor], rule: str, backend: str) -> Table | None:
-    """A table for reuse, where the CPU kernel serves all of these weights and takes them as they lie."""
-    plain = all(type(w) in (Tensor, nn.Parameter) and w.device.type == "cpu" and w.numel() > 0 for w in weights)
-    if not plain or not all(map(is_unit_dense, weights)) or backends.serving("agc", "cpu", backend) != "cpu":
+    """A table for reuse, where one kernel serves all of these weights and takes them as they lie."""
+    if not weights:
         return None
-    return Table(weights, rule)
+    device = weights[0].device
+    plain = all(type(w) in (Tensor, nn.Parameter) and w.device == device and w.numel() > 0 for w in weights)
+    serving = backends.serving("agc", device.type, backend)
+    if not plain or not all(map(is_unit_dense, weights)) or serving not in _CLIP:
+        return None
+    return Table(weights, rule, serving)
 
 
 def clip_table_(table: Table, grads: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
     """`agc_` of gradients that fit the table, without dispatcher and checks."""
-    backends.record("agc", "cpu")
+    backends.record("agc", table.backend)
     table.clip_(grads, clip_factor, eps, norm_type)
     torch.autograd.graph.increment_version(grads)
 

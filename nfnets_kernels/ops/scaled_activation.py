@@ -40,11 +40,21 @@ def check(x: Tensor, name: str, scale: float, approximate: str) -> None:
 
 
 def saves_output(key: str, scale: float) -> bool:
-    """Whether the gradient needs the output instead of the input: then the input can be freed or overwritten.
+    """Whether the gradient needs no more than the output: then the input can be freed or overwritten.
 
-    ReLU's output is positive where its input is, as long as scaling cannot round a subnormal to zero.
+    The outputs of ReLU and leaky ReLU are positive where their inputs are, as long as scaling cannot round a subnormal
+    to zero. No other gradient is as exact from a rounded output as from the input.
     """
-    return key == "relu" and scale >= 1.0
+    return key == "identity" or (key in ("relu", "leaky_relu") and scale >= 1.0)
+
+
+def check_inplace(name: str, scale: float) -> None:
+    """Raises ValueError unless the input may be overwritten."""
+    if not saves_output(name, scale):
+        raise ValueError(
+            "inplace must be False but for identity, and for relu and leaky_relu with a scale (gamma * beta) of 1 or "
+            f"more, whose gradients follow from their outputs; got True for {name} with {scale}"
+        )
 
 
 def _fake(x, name, scale, approximate, backend):
@@ -99,6 +109,22 @@ def _cpu(x, grad, key, scale, out):
     )
 
 
+@backends.register("scaled_activation", "triton")
+def _triton(x, grad, key, scale, out):
+    from ..triton_kernels import scaled_activation as kernels
+
+    if key not in ("glu", "log_softmax"):
+        return kernels.scaled_activation(aligned(x, out), None if grad is None else aligned(grad, out), key, scale, out)
+    wide = x if grad is None else out  # the order of glu's output is not one of C channels
+    memory_format = channels_last_format(wide) if is_channels_last(wide) else torch.contiguous_format
+    x, grad, result = (
+        None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in (x, grad, out)
+    )
+    kernels.scaled_activation(x, grad, key, scale, result)
+    if result is not out:
+        out.copy_(result)
+
+
 def _setup_context(ctx, inputs, output):
     x, name, scale, approximate, backend = inputs
     ctx.arguments = name, scale, approximate, backend
@@ -115,6 +141,31 @@ def _gradient(ctx, grad):
     else:
         grad_x = scaled_activation_backward(grad, saved, name, scale, approximate, backend)
     return grad_x, None, None, None, None
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *arguments):
+        name, scale, approximate, backend = ctx.arguments = arguments
+        kernel = backends.select("scaled_activation", x.device.type, backend, name)
+        # A view with gaps is computed aside: kernels write dense tensors.
+        dense = x.stride() == torch.empty_like(x, device="meta").stride()
+        out = x if dense else torch.empty_like(x)
+        kernel(x, None, name, scale, out)
+        if not dense:
+            x.copy_(out)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    backward = staticmethod(_gradient)
+
+
+def scaled_activation_(x: Tensor, name: str, scale: float, approximate: str, backend: str) -> Tensor:
+    """`scaled_activation` that overwrites x and returns it, for those that `check_inplace` accepts."""
+    if torch.compiler.is_compiling():  # the compiler removes the copy
+        return x.copy_(scaled_activation(x, name, scale, approximate, backend))
+    return _InPlace.apply(x, name, scale, approximate, backend)
 
 
 scaled_activation = define(

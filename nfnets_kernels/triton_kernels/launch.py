@@ -31,3 +31,15 @@ def scalar(value, DTYPE: tl.constexpr):
     Parameters that are annotated "fp64" take a Python float unrounded; the interpreter hands over the float itself.
     """
     return tl.full((), value, DTYPE)
+
+
+@triton.jit
+def widened(x, ACC: tl.constexpr):
+    """x in the accumulation dtype; bfloat16 by way of float32, the one cast of it that the interpreter has right."""
+    return x.to(tl.float32).to(ACC) if x.dtype == tl.bfloat16 else x.to(ACC)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """x rounded to a storage dtype; see `widened`."""
+    return x.to(tl.float32).to(DTYPE) if DTYPE == tl.bfloat16 else x.to(DTYPE)

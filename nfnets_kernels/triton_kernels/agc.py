@@ -1,0 +1,374 @@
+"""Adaptive gradient clipping of all parameters of a device in one launch (Brock et al. 2021, section 4.1, equation 3)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import launch, narrowed, scalar, widened
+from .table import (
+    COUNT,
+    FIRST_PROGRAM,
+    LENGTH,
+    TILE,
+    VARIANT,
+    Table,
+    Variant,
+    columns_of_tile,
+    pointer,
+    table_for,
+    variant_of,
+)
+
+_COLUMNS = tl.constexpr(4)
+# Parts of a long unit; a program adds up all of its unit's sums at once.
+_MOST_PARTS = tl.constexpr(256)
+_PARTS, _TILES = tl.constexpr(4), tl.constexpr(5)
+_LONG_COLUMNS = tl.constexpr(6)
+
+
+@triton.jit
+def _at_least(x, low):
+    return tl.where(x < low, low, x)  # NaN stays NaN
+
+
+@triton.jit
+def _quotient(x, y, ACC: tl.constexpr):
+    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
+
+
+@triton.jit
+def _term(x, p, NORM: tl.constexpr):
+    """What a norm sums or, for infinity, takes the largest of."""
+    if NORM == "2":
+        return x * x
+    elif NORM == "p":
+        return tl.exp2(p * tl.log2(tl.abs(x)))
+    else:
+        return tl.abs(x)
+
+
+@triton.jit
+def _largest(x, AXIS: tl.constexpr):
+    """Maximum over an axis, NaN where there is one: hardware maxima pass over it."""
+    has_nan = tl.max((x != x).to(tl.int32), axis=AXIS) > 0
+    return tl.where(has_nan, float("nan"), tl.max(x, axis=AXIS))
+
+
+@triton.jit
+def _combine(x, NORM: tl.constexpr, AXIS: tl.constexpr):
+    return _largest(x, AXIS) if NORM == "inf" else tl.sum(x, axis=AXIS)
+
+
+@triton.jit
+def _root(x, p, NORM: tl.constexpr, ACC: tl.constexpr):
+    if NORM == "2":
+        return tl.sqrt_rn(x) if ACC == tl.float32 else tl.sqrt(x)
+    elif NORM == "p":
+        return tl.exp2(tl.log2(x) / p)
+    else:
+        return x
+
+
+@triton.jit
+def _norm(block, tail, p, NORM: tl.constexpr, ACC: tl.constexpr):
+    """(UNITS,) norms of units that consist of a block and a tail."""
+    total = _combine(_term(widened(block, ACC), p, NORM), NORM, 1)
+    rest = _combine(_term(widened(tail, ACC), p, NORM), NORM, 1)
+    if NORM == "inf":
+        total = tl.where((rest > total) | (rest != rest), rest, total)
+    else:
+        total += rest
+    return _root(total, p, NORM, ACC)
+
+
+@triton.jit
+def _decide(weight_norm, grad_norm, clip_factor, eps, ACC: tl.constexpr):
+    """Whether a unit is clipped, by which factor, and whether ACC held everything on the way."""
+    max_norm = clip_factor * _at_least(weight_norm, eps)
+    clipped = (grad_norm < max_norm) == 0  # true for a NaN norm, which must reach the gradient
+    factor = _quotient(max_norm, _at_least(grad_norm, scalar(1e-6, ACC)), ACC)
+    infinite = (weight_norm == float("inf")) | (grad_norm == float("inf"))
+    small = clipped & ((max_norm < 1.1754944e-38) | (factor < 1.1754944e-38))
+    return clipped, factor, (infinite | small) == 0
+
+
+@triton.jit
+def _clip(w, w_tail, g, g_tail, clip_factor, eps, p, NORM: tl.constexpr, ACC: tl.constexpr):
+    p = scalar(p, ACC)
+    return _decide(
+        _norm(w, w_tail, p, NORM, ACC),
+        _norm(g, g_tail, p, NORM, ACC),
+        scalar(clip_factor, ACC),
+        scalar(eps, ACC),
+        ACC,
+    )
+
+
+@triton.jit
+def _store_scaled(target, g, factor, mask, ACC: tl.constexpr, DTYPE: tl.constexpr):
+    tl.store(target, narrowed(widened(g, ACC) * factor, DTYPE), mask=mask)
+
+
+@triton.jit
+def _clip_units(
+    weight, grad, length, units, clip_factor, eps, p,
+    BLOCK: tl.constexpr, G: tl.constexpr, UNITS: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Clips up to UNITS units that lie one behind the other; they stay in registers between norm and scaling."""
+    n, columns, tail_columns = columns_of_tile(length, BLOCK, ALIGNED)
+    rows = tl.arange(0, UNITS)[:, None]
+    there = rows < units
+    mask, tail_mask = there & (columns < n), there & (tail_columns < n)
+    at, tail_at = rows * n + columns, rows * n + tail_columns
+    w, w_tail = tl.load(weight + at, mask=mask, other=0.0), tl.load(weight + tail_at, mask=tail_mask, other=0.0)
+    g, g_tail = tl.load(grad + at, mask=mask, other=0.0), tl.load(grad + tail_at, mask=tail_mask, other=0.0)
+
+    clipped, factor, held = _clip(w, w_tail, g, g_tail, clip_factor, eps, p, NORM, ACC)
+    if ACC == tl.float64 or tl.min(held.to(tl.int32)) == 1:
+        _store_scaled(grad + at, g, factor[:, None], mask & clipped[:, None], ACC, G)
+        _store_scaled(grad + tail_at, g_tail, factor[:, None], tail_mask & clipped[:, None], ACC, G)
+    else:  # squares above 3.4e38 or factors below 1.2e-38: once more in float64, which holds them
+        clipped, factor, _ = _clip(w, w_tail, g, g_tail, clip_factor, eps, p, NORM, tl.float64)
+        _store_scaled(grad + at, g, factor[:, None], mask & clipped[:, None], tl.float64, G)
+        _store_scaled(grad + tail_at, g_tail, factor[:, None], tail_mask & clipped[:, None], tl.float64, G)
+
+
+@triton.jit
+def _clip_single_elements(
+    weight, grad, units, clip_factor, eps, G: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Units of one element, whose norm of any p is the absolute value: one unit per lane."""
+    units = tl.multiple_of(units, 4) if ALIGNED else units
+    at = tl.arange(0, UNITS)
+    mask = at < units
+    w, g = tl.load(weight + at, mask=mask, other=0.0), tl.load(grad + at, mask=mask, other=0.0)
+    # float64 costs nothing here: the elements of all gains together are some thousandths of a model
+    clipped, factor, _ = _decide(
+        tl.abs(widened(w, tl.float64)),
+        tl.abs(widened(g, tl.float64)),
+        scalar(clip_factor, tl.float64),
+        scalar(eps, tl.float64),
+        tl.float64,
+    )
+    _store_scaled(grad + at, g, factor, mask & clipped, tl.float64, G)
+
+
+@triton.jit
+def _clip_tile(
+    pointers, tensor, length, units, first, clip_factor, eps, p,
+    BLOCK: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    WIDE: tl.constexpr = W == tl.float64 or G == tl.float64
+    # float32's exponential and logarithm lose digits in proportion to the logarithm
+    ACC: tl.constexpr = tl.float64 if WIDE or NORM == "p" else tl.float32
+    UNITS: tl.constexpr = (TILE // 2 if WIDE else TILE) // BLOCK
+    start = first * UNITS
+    weight = pointer(pointers, 2 * tensor, W, ALIGNED) + start * length
+    grad = pointer(pointers, 2 * tensor + 1, G, ALIGNED) + start * length
+    left = tl.minimum(units - start, UNITS).to(tl.int32)
+    if ALIGNED:
+        weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
+    if BLOCK == 1:
+        _clip_single_elements(weight, grad, left, clip_factor, eps, G, UNITS, ALIGNED)
+    else:
+        _clip_units(weight, grad, length, left, clip_factor, eps, p, BLOCK, G, UNITS, ACC, ALIGNED, NORM)
+
+
+@triton.jit
+def clip_kernel(
+    pointers, rows, owners, clip_factor: "fp64", eps: "fp64", p: "fp64", VARIANTS: tl.constexpr, NORM: tl.constexpr
+):
+    """A program clips a tile of units of one tensor: one read of weight and gradient, a write where clipped."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners + program)
+    row = rows + tensor * _COLUMNS
+    variant = tl.load(row + VARIANT)
+    length, units = tl.load(row + LENGTH), tl.load(row + COUNT)
+    first = program - tl.load(row + FIRST_PROGRAM)
+    for i in tl.static_range(len(VARIANTS)):
+        if variant == i:
+            _clip_tile(
+                pointers, tensor, length, units, first, clip_factor, eps, p,
+                VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], NORM,
+            )  # fmt: skip
+
+
+@triton.jit
+def _part_of(rows, tensor, program):
+    """Unit and part that a program works on, elements of a unit, parts, and tiles of a part."""
+    row = rows + tensor * _LONG_COLUMNS
+    parts = tl.load(row + _PARTS)
+    i = program - tl.load(row + FIRST_PROGRAM)
+    return i // parts, i % parts, tl.load(row + LENGTH), parts, tl.load(row + _TILES)
+
+
+@triton.jit
+def _sum_part(x, start, length, tiles, p, NORM: tl.constexpr):
+    """Sum, or largest, of a part of a long unit in float64."""
+    total = tl.full((), 0.0, tl.float64)
+    for i in range(tiles):
+        at = start + i * TILE + tl.arange(0, TILE)
+        values = widened(tl.load(x + at, mask=at < length, other=0.0), tl.float64)
+        part = _combine(_term(values, p, NORM), NORM, 0)
+        if NORM == "inf":
+            total = tl.where((part > total) | (part != part), part, total)
+        else:
+            total += part
+    return total
+
+
+@triton.jit
+def sum_parts_kernel(pointers, rows, owners, sums, p: "fp64", VARIANTS: tl.constexpr, NORM: tl.constexpr):
+    """Units that no tile holds, first launch: sums[program] = what a part adds to the norms of weight and gradient."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners + program)
+    variant = tl.load(rows + tensor * _LONG_COLUMNS + VARIANT)
+    unit, part, length, _, tiles = _part_of(rows, tensor, program)
+    p = scalar(p, tl.float64)
+    for i in tl.static_range(len(VARIANTS)):
+        if variant == i:
+            weight = pointer(pointers, 2 * tensor, VARIANTS[i][1], False) + unit * length
+            grad = pointer(pointers, 2 * tensor + 1, VARIANTS[i][2], False) + unit * length
+            start = part * tiles * TILE
+            tl.store(sums + 2 * program, _sum_part(weight, start, length, tiles, p, NORM))
+            tl.store(sums + 2 * program + 1, _sum_part(grad, start, length, tiles, p, NORM))
+
+
+@triton.jit
+def clip_parts_kernel(
+    pointers, rows, owners, sums, clip_factor: "fp64", eps: "fp64", p: "fp64",
+    VARIANTS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Second launch: adds up the parts of a unit, in the same order in each of its programs, and scales one part."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners + program)
+    variant = tl.load(rows + tensor * _LONG_COLUMNS + VARIANT)
+    unit, part, length, parts, tiles = _part_of(rows, tensor, program)
+    others = tl.arange(0, _MOST_PARTS)
+    at = sums + 2 * (program - part + others)
+    p = scalar(p, tl.float64)
+    weight_sum = _combine(tl.load(at, mask=others < parts, other=0.0), NORM, 0)
+    grad_sum = _combine(tl.load(at + 1, mask=others < parts, other=0.0), NORM, 0)
+    clipped, factor, _ = _decide(
+        _root(weight_sum, p, NORM, tl.float64),
+        _root(grad_sum, p, NORM, tl.float64),
+        scalar(clip_factor, tl.float64),
+        scalar(eps, tl.float64),
+        tl.float64,
+    )
+    for i in tl.static_range(len(VARIANTS)):
+        if clipped & (variant == i):
+            grad = pointer(pointers, 2 * tensor + 1, VARIANTS[i][2], False) + unit * length
+            for j in range(tiles):
+                at = (part * tiles + j) * TILE + tl.arange(0, TILE)
+                g = tl.load(grad + at, mask=at < length, other=0.0)
+                _store_scaled(grad + at, g, factor, at < length, tl.float64, VARIANTS[i][2])
+
+
+class Structure(NamedTuple):
+    """All that a plan depends on: what stays from step to step."""
+
+    counts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    weight_dtypes: tuple[torch.dtype, ...]
+    grad_dtypes: tuple[torch.dtype, ...]
+    misaligned: tuple[int, ...]
+    """the tensors whose weight or gradient does not start at a multiple of 16 bytes"""
+
+
+class _Share(NamedTuple):
+    """The tensors that one path clips: those whose units a tile holds, or the others."""
+
+    members: list[int]
+    table: Table
+
+
+class Plan:
+    """Which program clips what."""
+
+    def __init__(self, structure: Structure, device: torch.device) -> None:
+        misaligned = set(structure.misaligned)
+        of_tensor = [
+            variant_of(length, count, weight, grad, [int(i in misaligned)])
+            for i, (count, length, weight, grad, _) in enumerate(
+                zip(*structure[:4], range(len(structure.counts)), strict=True)
+            )
+        ]
+        self.device = device
+        self.short = _share(structure, of_tensor, [i for i, v in enumerate(of_tensor) if v.block], _short_row, device)
+        self.long = _share(structure, of_tensor, [i for i, v in enumerate(of_tensor) if not v.block], _long_row, device)
+        programs = self.long.table.programs if self.long else 0
+        self.sums = torch.empty(2 * programs, dtype=torch.float64, device=device)
+
+    def clip_(self, weights: Sequence[int], grads: Sequence[int], **options: Any) -> None:
+        """Clips the gradients at these addresses; options: clip_factor, eps, p and NORM of the kernels."""
+        if self.short:
+            self._run(self.short, clip_kernel, weights, grads, **options)
+        if self.long:
+            of_sum = {"p": options["p"], "NORM": options["NORM"]}
+            self._run(self.long, sum_parts_kernel, weights, grads, sums=self.sums, **of_sum)
+            self._run(self.long, clip_parts_kernel, weights, grads, sums=self.sums, **options)
+
+    def _run(self, share: _Share, kernel: Any, weights: Sequence[int], grads: Sequence[int], **arguments: Any) -> None:
+        table = share.table
+        table.update([address for i in share.members for address in (weights[i], grads[i])])
+        launch(
+            kernel,
+            table.programs,
+            self.device,
+            pointers=table.pointers,
+            rows=table.rows,
+            owners=table.owners,
+            VARIANTS=table.variants,
+            **arguments,
+        )
+
+
+def _short_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:
+    """Own columns of a tensor's row, and its programs."""
+    wide = tl.float64 in (variant.first, variant.second)
+    return [], triton.cdiv(count, (TILE.value // 2 if wide else TILE.value) // variant.block)
+
+
+def _long_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:
+    tiles = triton.cdiv(length, TILE.value * _MOST_PARTS.value)
+    parts = triton.cdiv(length, TILE.value * tiles)
+    return [parts, tiles], count * parts
+
+
+def _share(structure, of_tensor, members, row_of, device) -> _Share | None:
+    if not members:
+        return None
+    variants = tuple(sorted({of_tensor[i] for i in members}, key=str))
+    rows, programs = [], []
+    for i in members:
+        count, length = structure.counts[i], structure.lengths[i]
+        own, own_programs = row_of(count, length, of_tensor[i])
+        rows.append([variants.index(of_tensor[i]), count, length, *own])
+        programs.append(own_programs)
+    return _Share(members, Table(rows, programs, 2, variants, device))
+
+
+def agc(
+    weights: Sequence[int],
+    grads: Sequence[int],
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    weight_dtypes: Sequence[torch.dtype],
+    grad_dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    clip_factor: float,
+    eps: float,
+    norm_type: float,
+) -> None:
+    """Clips the gradients at these addresses of a device, each of `counts` units of `lengths` dense elements."""
+    misaligned = tuple(i for i, pair in enumerate(zip(weights, grads, strict=True)) if (pair[0] | pair[1]) % 16)
+    structure = Structure(tuple(counts), tuple(lengths), tuple(weight_dtypes), tuple(grad_dtypes), misaligned)
+    norm = {2.0: "2", 1.0: "1", math.inf: "inf"}.get(norm_type, "p")
+    p = norm_type if norm == "p" else 0.0
+    table_for(Plan, structure, device).clip_(weights, grads, clip_factor=clip_factor, eps=eps, p=p, NORM=norm)
