@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 
@@ -55,10 +56,11 @@ def main() -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     import nfnets_kernels as nfk
+    from benchmarks.clocks import side_stream
     from benchmarks.environment import REPOSITORY, Environment, keep_freed_memory
     from benchmarks.harness import Session, Settings
     from benchmarks.report import make_console, print_report, write_report
-    from benchmarks.results import Results
+    from benchmarks.results import Incident, Results
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -80,11 +82,16 @@ def main() -> int:
     console.print(str(nfk.backend.describe()), markup=False, highlight=False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     interrupted = False
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, side_stream(device):
         try:
             session = Session(settings, results, folder, progress)
             for name in session.track(arguments.only or list(BENCHES), "benchmarks"):
-                import_module(f"benchmarks.bench_{name}").run(session)
+                try:
+                    import_module(f"benchmarks.bench_{name}").run(session)
+                except Exception as error:  # the others may still have something to say
+                    traceback.print_exc()
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    session.report_incident(Incident(name, "and what was to follow", "failed", reason))
         except KeyboardInterrupt:
             interrupted = True
             console.print("[yellow]interrupted; keeping what is finished[/]")

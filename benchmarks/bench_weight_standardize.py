@@ -8,7 +8,8 @@ import torch
 
 import nfnets_kernels as nfk
 from benchmarks import peers
-from benchmarks.harness import BenchmarkError, Comparison, Contestant, Session, assert_all_close
+from benchmarks.directions import BACKWARD, BOTH, DIRECTIONS, FORWARD, check_against, timed
+from benchmarks.harness import Comparison, Contestant, Session
 
 BENCH = "weight_standardize"
 FORMATS = {
@@ -35,12 +36,13 @@ class Convolutions:
 
 
 def run(session: Session) -> None:
-    """Every output format, forward alone and with backward."""
-    for name, backward in session.track(list(product(FORMATS, (False, True))), BENCH):
-        session.compare(comparison(session, name, backward))
+    """Every output format in every direction."""
+    directions = DIRECTIONS if session.settings.on_gpu else (FORWARD, BOTH)
+    for name, direction in session.track(list(product(FORMATS, directions)), BENCH):
+        session.compare(comparison(session, name, direction))
 
 
-def comparison(session: Session, name: str, backward: bool) -> Comparison:
+def comparison(session: Session, name: str, direction: str) -> Comparison:
     """All ways to standardize the weights into one output format."""
     torch.manual_seed(session.settings.seed)
     dtype, memory_format = FORMATS[name]
@@ -64,32 +66,29 @@ def comparison(session: Session, name: str, backward: bool) -> Comparison:
             for weight, gain, scale in zip(convs.weights, convs.gains, convs.scales, strict=True)
         ]
 
-    expected = timm_path()
-    grad_outputs = [torch.randn_like(out) for out in expected]
-    timed = forward_backward(convs, grad_outputs) if backward else without_grad
-    reference = timed(timm_path)()
+    grad_outputs = [torch.randn_like(weight, dtype=dtype) for weight in convs.weights]
+
+    def directed(standardize: Standardize) -> Standardize:
+        return timed(direction, standardize, convs.inputs, grad_outputs)
+
     # Half a unit in the last place of the output type, generously, and float32 sums over up to 4,608 weights.
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
 
-    def check(contestant: str, value: object) -> None:
-        if not isinstance(value, (list, tuple)):
-            raise BenchmarkError(f"{contestant}: returned {type(value).__name__} instead of tensors")
-        assert_all_close(contestant, value, reference, tolerance)
-
     ops = [BENCH]
     contestants = [
-        Contestant("weight_standardize_many", timed(together), "ours", ops),
-        Contestant("weight_standardize, one by one", timed(one_by_one), "ours", ops),
-        Contestant("timm weight path", timed(timm_path)),
+        Contestant("weight_standardize_many", directed(together), "ours", ops),
+        Contestant("weight_standardize, one by one", directed(one_by_one), "ours", ops),
+        Contestant("timm weight path", directed(timm_path)),
     ]
-    if not session.settings.quick:
-        contestants.append(Contestant("torch.compile of timm", timed(peers.compiled(timm_path)), optional=True))
+    if direction != BACKWARD and not session.settings.quick:
+        compiled = peers.compiled(timm_path, session.settings.compile_mode)
+        contestants.append(Contestant("torch.compile of timm", directed(compiled), optional=True))
     return Comparison(
         bench=BENCH,
-        case=f"{name}, forward{' + backward' if backward else ''}",
+        case=f"{name}, {direction}",
         contestants=contestants,
-        check=check,
-        traffic=traffic(convs, dtype, backward),
+        check=check_against(directed(timm_path)(), tolerance),
+        traffic=traffic(convs, dtype, direction),
     )
 
 
@@ -107,27 +106,10 @@ def make_convolutions(device: str, memory_format: torch.memory_format) -> Convol
     )
 
 
-def without_grad(standardize: Standardize) -> Standardize:
-    """The forward pass alone."""
-    return torch.no_grad()(standardize)
-
-
-def forward_backward(convs: Convolutions, grad_outputs: Sequence[torch.Tensor]) -> Callable[[Standardize], Standardize]:
-    """The forward pass, then the gradients of weights and gains.
-
-    The output's gradient lies in memory as the output does, which is how a convolution returns it.
-    """
-
-    def timed(standardize: Standardize) -> Standardize:
-        pairs = zip(without_grad(standardize)(), grad_outputs, strict=True)
-        grads = [torch.empty_like(out).copy_(grad) for out, grad in pairs]
-        return lambda: torch.autograd.grad(standardize(), convs.inputs, grads)
-
-    return timed
-
-
-def traffic(convs: Convolutions, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+def traffic(convs: Convolutions, dtype: torch.dtype, direction: str) -> dict[str, int]:
     """Forward turns w into the output; backward turns w into its gradient while it reads the output's gradient."""
     count = sum(weight.numel() for weight in convs.weights)
-    forward = {"copy": (4 + dtype.itemsize) * count}
-    return {"copy": forward["copy"] + 8 * count, "read": dtype.itemsize * count} if backward else forward
+    forward, backward = (4 + dtype.itemsize) * count, 8 * count
+    if direction == FORWARD:
+        return {"copy": forward}
+    return {"copy": backward + (forward if direction == BOTH else 0), "read": dtype.itemsize * count}

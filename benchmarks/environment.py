@@ -65,7 +65,12 @@ class Environment:
     @property
     def slug(self) -> str:
         """The machine as a folder name."""
-        return re.sub(r"[^a-z0-9]+", "-", self.machine.lower()).strip("-")
+        return slug(self.machine)
+
+
+def slug(machine: str) -> str:
+    """A machine in words as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def cpu_name() -> str:

@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +14,10 @@ from rich.progress import Progress
 from torch import nn
 
 import nfnets_kernels as nfk
+from benchmarks.clocks import Call, Clock, captured, host_clock, is_gpu, make_clock, peak_memory
 from benchmarks.environment import other_cpu_seconds
-from benchmarks.results import Incident, Results, Role, Timing, Training
+from benchmarks.results import Incident, Method, Results, Role, Timing, Training
 
-Clock = Callable[[Callable[[], object]], float]
 Item = TypeVar("Item")
 
 # Cores that other processes may keep busy during a timing before it is called disturbed.
@@ -40,6 +40,16 @@ class Settings:
     image_size: int
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is measured."""
+        return is_gpu(self.device)
+
+    @property
+    def compile_mode(self) -> str | None:
+        """The mode of torch.compile: on a GPU the one that tries most, whose kernels the harness puts into graphs."""
+        return "max-autotune-no-cudagraphs" if self.on_gpu and not self.quick else None
+
+    @property
     def seconds(self) -> float:
         """Time to spend on the rounds of one comparison."""
         return 3.0 if self.quick else 20.0
@@ -59,7 +69,7 @@ class Contestant:
     """
 
     name: str
-    run: Callable[[], object]
+    run: Call
     role: Role = "peer"
     ops: Sequence[str] = ()
     optional: bool = False
@@ -71,7 +81,8 @@ class Comparison:
 
     ``setup`` runs untimed before every call of every contestant. ``check(name, value)`` gets what a contestant
     returned and raises ``BenchmarkError`` when it is wrong. ``traffic`` counts the unavoidable bytes by kind of access:
-    "read", "copy" (read from one place and write to another) and "update" (read and write in place).
+    "read", "copy" (read from one place and write to another) and "update" (read and write in place). On a GPU the
+    contestants' work is replayed from CUDA graphs, where ``graphed`` and possible, and called otherwise.
     """
 
     bench: str
@@ -80,6 +91,18 @@ class Comparison:
     check: Callable[[str, object], None]
     setup: Callable[[], None] = lambda: None
     traffic: Mapping[str, int] = field(default_factory=dict)
+    graphed: bool = True
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contestant that was right, the backend that served it, and what to call when timing it."""
+
+    contestant: Contestant
+    backend: str
+    run: Call
+    method: Method = "calls"
+    peak_bytes: int | None = None
 
 
 def assert_close(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -119,26 +142,8 @@ def served_by(name: str, role: Role, ops: Iterable[str], executed: Iterable[tupl
     return "+".join(sorted(set().union(*ran.values())))
 
 
-def wall_clock(run: Callable[[], object]) -> float:
-    """Seconds that a call takes on the CPU."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def cuda_clock(run: Callable[[], object]) -> float:
-    """Seconds between the start and the end of a call's work on the GPU."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def interleave(
-    runs: Sequence[Callable[[], object]],
+    runs: Sequence[Call],
     rounds: int,
     clock: Clock,
     setup: Callable[[], None] = lambda: None,
@@ -168,7 +173,7 @@ def measure_bandwidth(device: str, clock: Clock, elements: int = 1 << 26) -> dic
     """Bytes per second that torch's own kernels reach on large float32 tensors, by kind of access."""
     source = torch.ones(elements, device=device)
     target = torch.ones(elements, device=device)
-    accesses: dict[str, tuple[Callable[[], object], int]] = {
+    accesses: dict[str, tuple[Call, int]] = {
         "read": (source.sum, 4),
         "copy": (lambda: target.copy_(source), 8),
         "update": (lambda: target.mul_(1.0), 8),
@@ -188,7 +193,7 @@ class Session:
         self.results = results
         self.folder = folder
         self.progress = progress
-        self.clock: Clock = cuda_clock if settings.device.startswith("cuda") else wall_clock
+        self.clock = make_clock(settings.device)
         results.bandwidth = measure_bandwidth(settings.device, self.clock)
 
     def track(self, items: Sequence[Item], description: str) -> Iterator[Item]:
@@ -206,7 +211,7 @@ class Session:
         except BenchmarkError as error:
             self.report_incident(Incident(comparison.bench, comparison.case, "failed", str(error)))
             return
-        self._record(comparison, entrants, self._time(comparison, [contestant for contestant, _ in entrants]))
+        self._record(comparison, entrants, *self._time(comparison, entrants))
         self.results.save(self.folder)
 
     def add_training(self, training: Training) -> None:
@@ -221,29 +226,59 @@ class Session:
         kind = f"[{'red' if incident.kind == 'failed' else 'yellow'}]{incident.kind}[/]"
         self.progress.console.print(f"{kind} {incident.bench}, {incident.case}: {incident.reason}")
 
-    def _verify(self, comparison: Comparison) -> list[tuple[Contestant, str]]:
-        """The contestants that can run here, each with the backend that served it. Also the first warm-up call."""
+    def _verify(self, comparison: Comparison) -> list[Entrant]:
+        """The contestants that can run here and are right. Also the first warm-up call."""
         entrants = []
         for contestant in comparison.contestants:
-            comparison.setup()
             try:
-                with nfk.backend.recording() as executed:
-                    value = contestant.run()
+                entrant = self._run_checked(comparison, contestant)
+            except BenchmarkError:
+                raise
             except Exception as error:
                 if not contestant.optional:
                     raise
-                reason = f"{contestant.name}: {(str(error) or type(error).__name__).splitlines()[0]}"
-                self.report_incident(Incident(comparison.bench, comparison.case, "skipped", reason))
+                self._report_skipped(comparison, contestant, "", error)
                 continue
-            name, role, ops = contestant.name, contestant.role, contestant.ops
-            backend = served_by(name, role, ops, executed, self.settings.device)
-            if role != "ceiling":
-                comparison.check(name, value)
-            entrants.append((contestant, backend))
+            entrants.append(self._prepare_for_gpu(comparison, entrant) if self.settings.on_gpu else entrant)
         return entrants
 
-    def _time(self, comparison: Comparison, contestants: Sequence[Contestant]) -> list[list[float]]:
-        runs = [contestant.run for contestant in contestants]
+    def _run_checked(self, comparison: Comparison, contestant: Contestant) -> Entrant:
+        name, role, ops = contestant.name, contestant.role, contestant.ops
+        comparison.setup()
+        with nfk.backend.recording() as executed:
+            value = contestant.run()
+        backend = served_by(name, role, ops, executed, self.settings.device)
+        if role != "ceiling":
+            comparison.check(name, value)
+        return Entrant(contestant, backend, contestant.run)
+
+    def _prepare_for_gpu(self, comparison: Comparison, entrant: Entrant) -> Entrant:
+        """Measure the memory of a call, and capture it in a CUDA graph whose replay is as right."""
+        contestant = entrant.contestant
+        comparison.setup()
+        entrant = replace(entrant, peak_bytes=peak_memory(entrant.run))
+        if not comparison.graphed:
+            return entrant
+        try:
+            run = captured(entrant.run)
+        except Exception as error:
+            self._report_skipped(comparison, contestant, "calls are timed, ", error)
+            return entrant
+        comparison.setup()
+        value = run()
+        if contestant.role != "ceiling":
+            comparison.check(f"{contestant.name}, replayed", value)
+        return replace(entrant, run=run, method="graph")
+
+    def _report_skipped(self, comparison: Comparison, contestant: Contestant, what: str, error: Exception) -> None:
+        reason = f"{contestant.name}: {what}{(str(error) or type(error).__name__).splitlines()[0]}"
+        self.report_incident(Incident(comparison.bench, comparison.case, "skipped", reason))
+
+    def _time(
+        self, comparison: Comparison, entrants: Sequence[Entrant]
+    ) -> tuple[list[list[float]], list[list[float]] | None]:
+        """Samples of every entrant and, on a GPU, of what its calls take on the host."""
+        runs = [entrant.run for entrant in entrants]
         warm_up = interleave(runs, 2, self.clock, comparison.setup)
         fewest, most = self.settings.round_limits
         affordable = int(self.settings.seconds / sum(times[-1] for times in warm_up))
@@ -252,7 +287,10 @@ class Session:
         with self._watch_other_processes(comparison):
             samples = interleave(runs, rounds, self.clock, comparison.setup, lambda: self.progress.advance(task))
         self.progress.remove_task(task)
-        return samples
+        if not self.settings.on_gpu:
+            return samples, None
+        calls = [entrant.contestant.run for entrant in entrants]
+        return samples, interleave(calls, max(fewest, rounds // 5), host_clock, comparison.setup)
 
     @contextmanager
     def _watch_other_processes(self, comparison: Comparison) -> Iterator[None]:
@@ -266,24 +304,33 @@ class Session:
         self.report_incident(Incident(comparison.bench, comparison.case, "disturbed", reason))
 
     def _record(
-        self, comparison: Comparison, entrants: Sequence[tuple[Contestant, str]], samples: Sequence[list[float]]
+        self,
+        comparison: Comparison,
+        entrants: Sequence[Entrant],
+        samples: Sequence[list[float]],
+        host_samples: Sequence[list[float]] | None,
     ) -> None:
         ours = float(np.median(samples[0]))
         ideal = sum(count / self.results.bandwidth[kind] for kind, count in comparison.traffic.items())
-        for (contestant, backend), times in zip(entrants, samples, strict=True):
+        for index, (entrant, times) in enumerate(zip(entrants, samples, strict=True)):
             p20, median, p80 = (float(value) for value in np.percentile(times, [20, 50, 80]))
+            role = entrant.contestant.role
             self.results.timings.append(
                 Timing(
                     bench=comparison.bench,
                     case=comparison.case,
-                    contestant=contestant.name,
-                    role=contestant.role,
-                    backend=backend,
+                    contestant=entrant.contestant.name,
+                    role=role,
+                    backend=entrant.backend,
                     rounds=len(times),
                     median_ms=1e3 * median,
                     p20_ms=1e3 * p20,
                     p80_ms=1e3 * p80,
                     relative_time=median / ours,
-                    bandwidth_fraction=ideal / median if ideal and contestant.role != "ceiling" else None,
+                    bandwidth_fraction=ideal / median if ideal and role != "ceiling" else None,
+                    traffic_bytes=sum(comparison.traffic.values()),
+                    method=entrant.method,
+                    host_ms=1e3 * float(np.median(host_samples[index])) if host_samples else None,
+                    peak_bytes=entrant.peak_bytes,
                 )
             )

@@ -80,6 +80,8 @@ def eager_chain_in_place(name: str, gamma: float) -> Callable[[torch.Tensor], to
     return lambda x: activation(x).mul_(gamma)
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Function, mode: str | None = None) -> Function:
     """``torch.compile`` for the fixed shapes of a benchmark, in one graph."""
-    return cast(Function, torch.compile(function, dynamic=False, fullgraph=True))
+    # One function compiled for many cases would reach dynamo's limit of recompilations.
+    torch._dynamo.reset()
+    return cast(Function, torch.compile(function, dynamic=False, fullgraph=True, mode=mode))

@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import REPOSITORY
+from benchmarks.goals import goal_for, goal_rows
 from benchmarks.plots import save_plots
-from benchmarks.results import BENCHES, Results, Timing, Training
+from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing, Training
 
-NOT_MEASURED = "not measured yet"
 START, END = "<!-- benchmark-table:start -->", "<!-- benchmark-table:end -->"
 COLUMNS = {
     "timings": ["Case", "Contestant", "Backend", "Median ms", "20 to 80 %", "Time / ours", "Bandwidth"],
+    "on a GPU": ["Timed", "Host ms", "Peak MB", "Goal"],
+    "goals": ["GPU", "Work", "Goal", "Reached"],
     "trainings": ["Network", "Seed", "Backend", "Test accuracy, %", "Best epoch, %", "Time, s"],
 }
 
@@ -62,6 +64,8 @@ def summary(results: Results) -> str:
     for bench, title in BENCHES.items():
         columns, rows = table(results, bench)
         parts.append(f"## {title}\n\n{markdown(columns, rows) if rows else NOT_MEASURED}")
+    if results.environment.gpu:
+        parts.append(f"## Goals\n\n{markdown(COLUMNS['goals'], goal_rows([results]))}")
     if results.incidents:
         missing = [f"- {one.bench}, {one.case}: {one.kind}: {one.reason}" for one in results.incidents]
         parts.append("## Missing and disturbed figures\n\n" + "\n".join(missing))
@@ -72,11 +76,14 @@ def table(results: Results, bench: str) -> tuple[list[str], list[list[str]]]:
     """Column titles and rows of one bench."""
     if bench == "convergence":
         return COLUMNS["trainings"], [training_row(training) for training in results.trainings]
+    on_gpu = results.environment.gpu is not None
     rows = []
     for timings in results.cases(bench).values():
-        # The name of a case stands once, at the first of its contestants.
-        rows += [timing_row(timing, timing.case if index == 0 else "") for index, timing in enumerate(timings)]
-    return COLUMNS["timings"], rows
+        for index, timing in enumerate(timings):
+            # The name of a case stands once, at the first of its contestants.
+            row = timing_row(timing, timing.case if index == 0 else "")
+            rows.append(row + gpu_cells(timing, is_first=index == 0) if on_gpu else row)
+    return COLUMNS["timings"] + (COLUMNS["on a GPU"] if on_gpu else []), rows
 
 
 def timing_row(timing: Timing, case: str) -> list[str]:
@@ -89,6 +96,17 @@ def timing_row(timing: Timing, case: str) -> list[str]:
         f"{milliseconds(timing.p20_ms)} to {milliseconds(timing.p80_ms)}",
         f"{timing.relative_time:.2f}x",
         "-" if timing.bandwidth_fraction is None else f"{timing.bandwidth_fraction:.0%}",
+    ]
+
+
+def gpu_cells(timing: Timing, is_first: bool) -> list[str]:
+    """What is measured on a GPU only; the goal is that of the first contestant."""
+    goal = goal_for(timing.bench, timing.case) if is_first else None
+    return [
+        timing.method,
+        "-" if timing.host_ms is None else milliseconds(timing.host_ms),
+        "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e6:.0f}",
+        goal.verdict(timing) if goal else "-",
     ]
 
 
@@ -139,14 +157,15 @@ def readme_section(all_results: Iterable[Results]) -> str:
 
 def readme_rows(results: Results, bench: str, title: str) -> list[list[str]]:
     """The rows of one bench in the README, below its title."""
-    rows = [readme_row(case, timings) for case, timings in results.cases(bench).items()]
+    on_gpu = results.environment.gpu is not None
+    rows = [readme_row(case, timings, on_gpu) for case, timings in results.cases(bench).items()]
     if bench == "convergence" and results.trainings:
         rows = [readme_training_row(results.trainings)]
     return [[f"**{title}**", "", "", ""], *rows] if rows else [[f"**{title}**", *[NOT_MEASURED] * 3]]
 
 
-def readme_row(case: str, timings: list[Timing]) -> list[str]:
-    """Our first contestant against all that are not ours."""
+def readme_row(case: str, timings: list[Timing], on_gpu: bool) -> list[str]:
+    """Our first contestant against all that are not ours, and on a GPU against its goal."""
     ours, *others = timings
     against = "; ".join(
         f"{timing.contestant} {milliseconds(timing.median_ms)} ms ({timing.relative_time:.2f}x)"
@@ -154,7 +173,9 @@ def readme_row(case: str, timings: list[Timing]) -> list[str]:
         if timing.role != "ours"
     )
     fraction = "-" if ours.bandwidth_fraction is None else f"{ours.bandwidth_fraction:.0%}"
-    return [case, f"{milliseconds(ours.median_ms)} ms", against, fraction]
+    goal = goal_for(ours.bench, case) if on_gpu else None
+    reached = f"{fraction}; {goal.verdict(ours)}" if goal else fraction
+    return [case, f"{milliseconds(ours.median_ms)} ms", against, reached]
 
 
 def readme_training_row(trainings: list[Training]) -> list[str]:
@@ -179,10 +200,8 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    """At least three significant digits of what takes 10 microseconds or more, without an exponent."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4}f}"
 
 
 def update_readme(readme: Path, all_results: Iterable[Results]) -> None:
@@ -209,6 +228,7 @@ def main() -> None:
     for folder, results in zip(folders, all_results, strict=True):
         print_report(results, make_console())
         write_report(results, folder)
+    make_console().print(rich_table("Goals on a GPU", COLUMNS["goals"], goal_rows(all_results)))
 
 
 if __name__ == "__main__":

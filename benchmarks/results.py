@@ -12,11 +12,14 @@ BENCHES = {
     "agc": "Adaptive gradient clipping",
     "weight_standardize": "Weight standardization",
     "scaled_activation": "Scaled activations",
+    "residual": "Residual epilogue",
     "step": "Training step and inference",
     "convergence": "Training on handwritten digits",
 }
 
 Role = Literal["ours", "peer", "ceiling"]
+Method = Literal["calls", "graph"]
+NOT_MEASURED = "not measured yet"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,10 @@ class Timing:
 
     ``relative_time`` is its median over ours: 3.0 means that ours is three times as fast. ``bandwidth_fraction`` is the
     share of the measured memory bandwidth that it reached, counting only the bytes the work cannot do without; it can
-    exceed 1 where data is still in a cache.
+    exceed 1 where data is still in a cache. ``traffic_bytes`` is their number.
+
+    On a GPU the times are those of the device, for plain calls or for replays of a CUDA graph (``method``); ``host_ms``
+    is what a plain call takes until it returns, ``peak_bytes`` the memory that it needs.
     """
 
     bench: str
@@ -39,6 +45,10 @@ class Timing:
     p80_ms: float
     relative_time: float
     bandwidth_fraction: float | None
+    traffic_bytes: int = 0
+    method: Method = "calls"
+    host_ms: float | None = None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def scaled_activation(
     beta: float = 1.0,
     *,
     approximate: str = "none",
+    inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """`beta * gamma * f(x)` in one pass.
@@ -47,6 +48,8 @@ def scaled_activation(
         gamma: gain of the activation; None takes the table's.
         beta: further static scale, in NF networks 1 / expected standard deviation of the block's input.
         approximate: for gelu, "none" (timm) or "tanh" (the authors), as in `torch.nn.GELU`.
+        inplace: overwrite x and return it. For identity, and for relu and leaky_relu where beta * gamma >= 1: their
+            gradients follow from the output alone.
         backend: "auto", or a name that must serve or raise; see `nfnets_kernels.backend`.
 
     Returns:
@@ -54,11 +57,14 @@ def scaled_activation(
 
     Raises:
         TypeError: x is not a dense floating tensor.
-        ValueError: unknown name, approximate or backend, or a scale that is not finite.
+        ValueError: unknown name, approximate or backend, a scale that is not finite, inplace where not offered.
     """
     check_choice("name", name, tuple(GAMMA))
     scale = (GAMMA[name] if gamma is None else gamma) * beta
     ops.scaled_activation.check(x, name, scale, approximate)
+    if inplace:
+        ops.scaled_activation.check_inplace(name, scale)
+        return ops.scaled_activation.scaled_activation_(x, name, scale, approximate, backend)
     return ops.scaled_activation.scaled_activation(x, name, scale, approximate, backend)
 
 

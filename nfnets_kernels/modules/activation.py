@@ -13,34 +13,49 @@ class ScaledActivation(nn.Module):
         gamma: gain; None takes the table's.
         beta: further static scale.
         approximate: for gelu, "none" (timm) or "tanh" (the authors).
+        inplace: overwrite the input; see `nfnets_kernels.functional.scaled_activation` for those that can.
 
     Raises:
-        ValueError: unknown name or approximate.
+        ValueError: unknown name or approximate, or inplace where it is not offered.
     """
 
-    def __init__(self, name: str, gamma: float | None = None, beta: float = 1.0, *, approximate: str = "none") -> None:
+    def __init__(
+        self,
+        name: str,
+        gamma: float | None = None,
+        beta: float = 1.0,
+        *,
+        approximate: str = "none",
+        inplace: bool = False,
+    ) -> None:
         super().__init__()
         self.name = name
         self.gamma = functional.gamma(name) if gamma is None else float(gamma)
         self.beta = float(beta)
         self.approximate = approximate
+        self.inplace = inplace
         ops.scaled_activation.check_options(name, self.gamma * self.beta, approximate)
+        if inplace:
+            ops.scaled_activation.check_inplace(name, self.gamma * self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (...) of a floating dtype; see `nfnets_kernels.functional.scaled_activation`."""
-        return functional.scaled_activation(x, self.name, self.gamma, self.beta, approximate=self.approximate)
+        return functional.scaled_activation(
+            x, self.name, self.gamma, self.beta, approximate=self.approximate, inplace=self.inplace
+        )
 
     def extra_repr(self) -> str:
         """The arguments that make an equal module."""
         approximate = f", approximate={self.approximate!r}" if self.name == "gelu" else ""
-        return f"{self.name!r}, gamma={self.gamma}, beta={self.beta}{approximate}"
+        inplace = ", inplace=True" if self.inplace else ""
+        return f"{self.name!r}, gamma={self.gamma}, beta={self.beta}{approximate}{inplace}"
 
 
 class ScaledReLU(ScaledActivation):
     """ReLU times gamma = 1.7139588594436646."""
 
-    def __init__(self, gamma: float | None = None, beta: float = 1.0) -> None:
-        super().__init__("relu", gamma, beta)
+    def __init__(self, gamma: float | None = None, beta: float = 1.0, *, inplace: bool = False) -> None:
+        super().__init__("relu", gamma, beta, inplace=inplace)
 
 
 class ScaledGELU(ScaledActivation):

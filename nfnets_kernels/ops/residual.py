@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from ..reference import residual as reference
+from ..reference.residual import Branch
 from ..reference.scaled_activation import GAMMA, function_key
 from ..reference.weight_standardize import accumulation_dtype
 from .library import (
@@ -70,48 +71,42 @@ def _forward(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approxi
     key = function_key(activation, approximate)
     kernel, _ = backends.select("residual", f.device.type, backend, key)
     h, a = dense_like(f), dense_like(f)
-    kernel(f, shortcut, reference.factor(f, skip_gain, se, keep, alpha), key, scale, h, a)
+    kernel(f, shortcut, Branch(skip_gain, se, keep, alpha), key, scale, h, a)
     return h, a
 
 
 def _fake_backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
-    """[gradient of shortcut], and where the branch has a factor [gradient of f, sums over space]."""
-    grads = [dense_like(saved)]
-    if not reference.is_one(skip_gain, se, keep, alpha):
-        grads.append(dense_like(saved))
+    """As `reference.residual_backward` returns them."""
+    branch = Branch(skip_gain, se, keep, alpha)
+    grads = [dense_like(saved) for _ in range(1 if branch.is_one else 2)]
     if f is not None:
-        grads.append(saved.new_empty(saved.shape[:2], dtype=accumulation_dtype(saved.dtype)))
+        grads += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in branch.tensors if x is not None]
     return grads
 
 
 def _backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
-    """grad_h is None where h has no further use, as before a projection: a pass over zeros is then saved."""
+    """grad_h is None where h has no further use, as before a projection."""
     key = function_key(activation, approximate)
-    if grad_h is None:
-        if reference.is_one(skip_gain, se, keep, alpha):
-            return [scaled_activation_backward(grad_a, saved, activation, scale, approximate, backend)]
-        grad_h = torch.zeros_like(saved)
+    branch = Branch(skip_gain, se, keep, alpha)
+    if grad_h is None and branch.is_one:
+        return [scaled_activation_backward(grad_a, saved, activation, scale, approximate, backend)]
     _, kernel = backends.select("residual", saved.device.type, backend, key)
     grads = _fake_backward(
         grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend
     )
-    product = reference.factor(saved, skip_gain, se, keep, alpha)
-    grad_f = grads[1] if product is not None else None
-    sums = grads[-1] if f is not None else None
-    kernel(grad_h, grad_a, f, saved, product, key, scale, grads[0], grad_f, sums)
+    kernel(grad_h, grad_a, f, saved, branch, key, scale, grads)
     return grads
 
 
-def _reference_forward(f, shortcut, product, key, scale, h, a):
-    for out, value in zip((h, a), reference.residual(f, shortcut, product, key, scale), strict=True):
+def _reference_forward(f, shortcut, branch, key, scale, h, a):
+    for out, value in zip((h, a), reference.residual(f, shortcut, branch, key, scale), strict=True):
         out.copy_(value)
 
 
-def _reference_backward(grad_h, grad_a, f, saved, product, key, scale, grad_shortcut, grad_f, sums):
-    values = reference.residual_backward(grad_h, grad_a, f, saved, product, key, scale)
-    for out, value in zip((grad_shortcut, grad_f, sums), values, strict=True):
-        if out is not None:
-            out.copy_(value)
+def _reference_backward(grad_h, grad_a, f, saved, branch, key, scale, grads):
+    values = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale)
+    for out, value in zip(grads, values, strict=True):
+        out.copy_(value)
 
 
 backends.register("residual", "reference")((_reference_forward, _reference_backward))
@@ -134,20 +129,45 @@ def _cpu_call(tensors, like, key, scale):
     )
 
 
-def _cpu_forward(f, shortcut, product, key, scale, h, a):
+def _cpu_forward(f, shortcut, branch, key, scale, h, a):
+    product = reference.factor(h, branch)
     _cpu_call([aligned(f, h), aligned(shortcut, h), h, a, *[None] * 5, product, None], h, key, scale)
 
 
-def _cpu_backward(grad_h, grad_a, f, saved, product, key, scale, grad_shortcut, grad_f, sums):
-    like = grad_shortcut
+def _cpu_backward(grad_h, grad_a, f, saved, branch, key, scale, grads):
+    grad_shortcut, grad_f = grads[0], None if branch.is_one else grads[1]
+    product = reference.factor(saved, branch)
+    sums = None
+    if f is not None:
+        f = aligned(f, grad_shortcut)
+        # zeros: in channels_last order the kernel adds pixel by pixel
+        sums = saved.new_zeros(saved.shape[:2], dtype=accumulation_dtype(saved.dtype))
+    grad_h = torch.zeros_like(saved) if grad_h is None else grad_h
+    grad_h, grad_a, saved = (aligned(tensor, grad_shortcut) for tensor in (grad_h, grad_a, saved))
+    tensors = [f, None, None, None, grad_h, grad_a, saved, grad_shortcut, grad_f, product, sums]
+    _cpu_call(tensors, grad_shortcut, key, scale)
     if sums is not None:
-        sums.zero_()  # in channels_last order the kernel adds pixel by pixel
-    grad_h, grad_a, saved = (aligned(tensor, like) for tensor in (grad_h, grad_a, saved))
-    f = None if f is None else aligned(f, like)
-    _cpu_call([f, None, None, None, grad_h, grad_a, saved, grad_shortcut, grad_f, product, sums], like, key, scale)
+        for out, value in zip(grads[2:], reference.factor_backward(sums, saved, branch), strict=True):
+            out.copy_(value)
 
 
 backends.register("residual", "cpu", variants=tuple(CPU_CODES))((_cpu_forward, _cpu_backward))
+
+
+def _triton_forward(f, shortcut, branch, key, scale, h, a):
+    from ..triton_kernels import residual as kernels
+
+    kernels.residual(aligned(f, h), aligned(shortcut, h), branch, key, scale, h, a)
+
+
+def _triton_backward(grad_h, grad_a, f, saved, branch, key, scale, grads):
+    from ..triton_kernels import residual as kernels
+
+    grad_h, grad_a, f, saved = (None if x is None else aligned(x, grads[0]) for x in (grad_h, grad_a, f, saved))
+    kernels.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, grads)
+
+
+backends.register("residual", "triton")((_triton_forward, _triton_backward))
 
 
 def _setup_context(ctx, inputs, output):
@@ -162,26 +182,23 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, grad_h, grad_a):
     alpha, activation, scale, approximate, backend = ctx.arguments
     f, saved, skip_gain, se, keep = ctx.saved_tensors
+    branch = Branch(skip_gain, se, keep, alpha)
     if grad_a is None:
         if grad_h is None:
             return (None,) * 10
-        if reference.is_one(skip_gain, se, keep, alpha):
+        if branch.is_one:
             return grad_h, grad_h, *[None] * 8
         grad_a = torch.zeros_like(saved)
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again
         key = function_key(activation, approximate)
-        product = reference.factor(saved, skip_gain, se, keep, alpha)
-        grad_h = torch.zeros_like(saved) if grad_h is None else grad_h
-        grad_shortcut, grad_f, sums = reference.residual_backward(grad_h, grad_a, f, saved, product, key, scale)
+        grads = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale)
     else:
         grads = residual_backward(
             grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend
         )
-        grad_shortcut, sums = grads[0], grads[-1] if f is not None else None
-        grad_f = grads[1] if len(grads) > 1 else grads[0]
-    if sums is None:
-        return grad_f, grad_shortcut, *[None] * 8
-    return grad_f, grad_shortcut, *reference.factor_backward(sums, saved, skip_gain, se, keep, alpha), *[None] * 5
+    of_tensors = iter(grads[2:])
+    small = [None if tensor is None else next(of_tensors) for tensor in branch.tensors]
+    return grads[0 if branch.is_one else 1], grads[0], *small, *[None] * 5
 
 
 residual = define(

@@ -117,10 +117,9 @@ def _triton(x, grad, key, scale, out):
         return kernels.scaled_activation(aligned(x, out), None if grad is None else aligned(grad, out), key, scale, out)
     wide = x if grad is None else out  # the order of glu's output is not one of C channels
     memory_format = channels_last_format(wide) if is_channels_last(wide) else torch.contiguous_format
-    x, grad, result = (
-        None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in (x, grad, out)
-    )
-    kernels.scaled_activation(x, grad, key, scale, result)
+    grad = grad if grad is None else grad.contiguous(memory_format=memory_format)
+    result = out.contiguous(memory_format=memory_format)
+    kernels.scaled_activation(x.contiguous(memory_format=memory_format), grad, key, scale, result)
     if result is not out:
         out.copy_(result)
 
@@ -146,7 +145,7 @@ def _gradient(ctx, grad):
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *arguments):
-        name, scale, approximate, backend = ctx.arguments = arguments
+        name, scale, _, backend = ctx.arguments = arguments
         kernel = backends.select("scaled_activation", x.device.type, backend, name)
         # A view with gaps is computed aside: kernels write dense tensors.
         dense = x.stride() == torch.empty_like(x, device="meta").stride()

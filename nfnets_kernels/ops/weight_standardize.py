@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,45 +127,100 @@ def _reference(weights, gains, scales, eps, eps_form, outs=None, grads=None):
             grad_gains[i].copy_(for_gain)
 
 
+class _Row(NamedTuple):
+    """One weight as the kernels take it; `other` is the output or, where there are gradients to write, the output's."""
+
+    weight: Tensor
+    gain: Tensor | None
+    other: Tensor
+    grad_weight: Tensor | None
+    grad_gain: Tensor | None
+    scale: float
+
+    @property
+    def inner(self) -> int:
+        """Elements of the innermost dim in memory order."""
+        fan_in, kernel_size = self.weight[0].numel(), self.weight[0, 0].numel()
+        return fan_in // kernel_size if is_channels_last(self.weight) else kernel_size
+
+    @property
+    def permuted(self) -> bool:
+        """Whether weight and output differ in memory order."""
+        return is_channels_last(self.weight) != is_channels_last(self.other)
+
+    def addresses(self, tensors: Sequence[Tensor | None]) -> list[int]:
+        """Of these tensors, 0 where there is none."""
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _rows(weights, gains, scales, outs, grads) -> list[_Row]:
+    """Rows of the weights that are not empty; the gradients of gains of empty units are zeroed."""
+    others, grad_weights, grad_gains = (outs, [], []) if grads is None else grads
+    rows = []
+    for i, (weight, gain, other) in enumerate(zip(weights, one_each(gains, weights), others, strict=True)):
+        grad_gain = grad_gains[i] if grad_gains else None
+        if weight.numel() == 0:
+            if grad_gain is not None:
+                grad_gain.zero_()
+            continue
+        gain = gain if gain is None else gain.contiguous()
+        grad_weight = None if grads is None else grad_weights[i]
+        rows.append(_Row(unit_dense(weight), gain, unit_dense(other), grad_weight, grad_gain, scales[i]))
+    return rows
+
+
 @backends.register("weight_standardize", "cpu")
 def _cpu(weights, gains, scales, eps, eps_form, outs=None, grads=None):
     assert backends.extension is not None
-    backward = grads is not None
-    others, grad_weights, grad_gains = grads if backward else (outs, [], [])
-    rows, row_scales, alive = [], [], []
-    for i, (weight, gain, other) in enumerate(zip(weights, one_each(gains, weights), others, strict=True)):
-        if weight.numel() == 0:
-            if grad_gains:
-                grad_gains[i].zero_()  # of units without weights
-            continue
-        weight, other = unit_dense(weight), unit_dense(other)
-        gain = gain if gain is None else gain.contiguous()
-        gradients = (grad_weights[i], grad_gains[i] if grad_gains else None) if backward else None
-        rows.append(_row(weight, gain, other, gradients))
-        row_scales.append(scales[i])
-        alive += [weight, gain, other]
-    form = EPS_FORMS.index(eps_form)
-    backends.extension.weight_standardize(rows, row_scales, eps, form, backward, torch.get_num_threads())
+    rows = _rows(weights, gains, scales, outs, grads)
+    backends.extension.weight_standardize(
+        [_cpu_row(row) for row in rows],
+        [row.scale for row in rows],
+        eps,
+        EPS_FORMS.index(eps_form),
+        grads is not None,
+        torch.get_num_threads(),
+    )
 
 
-def _row(weight, gain, other, gradients):
-    """The row of csrc/bindings.cpp; `other` is the output, or where there are gradients to write the output's."""
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    fan_in, kernel_size = weight[0].numel(), weight[0, 0].numel()
-    columns = fan_in // kernel_size if is_channels_last(weight) else kernel_size
-    others = (other, None, None, None) if gradients is None else (None, other, *gradients)
+def _cpu_row(row: _Row) -> list[int]:
+    """The row of csrc/bindings.cpp."""
+    out, grad_out = (row.other, None) if row.grad_weight is None else (None, row.other)
     return [
-        *map(address, (weight, gain, *others)),
-        backends.DTYPE_CODES[weight.dtype],
-        backends.DTYPE_CODES[other.dtype],
-        weight.shape[0],
-        fan_in,
-        columns,
-        int(is_channels_last(weight) != is_channels_last(other)),
+        *row.addresses((row.weight, row.gain, out, grad_out, row.grad_weight, row.grad_gain)),
+        backends.DTYPE_CODES[row.weight.dtype],
+        backends.DTYPE_CODES[row.other.dtype],
+        row.weight.shape[0],
+        row.weight[0].numel(),
+        row.inner,
+        int(row.permuted),
     ]
+
+
+@backends.register("weight_standardize", "triton")
+def _triton(weights, gains, scales, eps, eps_form, outs=None, grads=None):
+    from ..triton_kernels import weight_standardize as kernels
+
+    rows = _rows(weights, gains, scales, outs, grads)
+    if not rows:
+        return
+    addresses = [row.addresses((row.weight, row.gain, row.other, row.grad_weight, row.grad_gain)) for row in rows]
+    structure = [
+        kernels.Weight(
+            row.weight.shape[0],
+            row.weight[0].numel(),
+            row.inner,
+            row.scale,
+            row.weight.dtype,
+            row.other.dtype,
+            row.permuted,
+            not any(address % 16 for address in (of_row[0], *of_row[2:4])),
+        )
+        for row, of_row in zip(rows, addresses, strict=True)
+    ]
+    pointers = [address for of_row in addresses for address in of_row]
+    device = weights[0].device
+    kernels.weight_standardize(structure, pointers, device, eps, eps_form == "add", bool(gains), grads is not None)
 
 
 def _setup_context(ctx, inputs, output):

@@ -24,8 +24,12 @@ from .table import (
 )
 
 _COLUMNS = tl.constexpr(4)
+# Single elements of a tile: 4 per thread, computed in float64.
+_SINGLES = tl.constexpr(512)
 # Parts of a long unit; a program adds up all of its unit's sums at once.
 _MOST_PARTS = tl.constexpr(256)
+# Elements that a program of such a unit reads at a time.
+_STEP = tl.constexpr(1024)
 _PARTS, _TILES = tl.constexpr(4), tl.constexpr(5)
 _LONG_COLUMNS = tl.constexpr(6)
 
@@ -64,6 +68,12 @@ def _combine(x, NORM: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _joined(x, y, NORM: tl.constexpr):
+    """Sum, or largest, of two results of `_combine` or two terms."""
+    return tl.where((y > x) | (y != y), y, x) if NORM == "inf" else x + y
+
+
+@triton.jit
 def _root(x, p, NORM: tl.constexpr, ACC: tl.constexpr):
     if NORM == "2":
         return tl.sqrt_rn(x) if ACC == tl.float32 else tl.sqrt(x)
@@ -74,15 +84,11 @@ def _root(x, p, NORM: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _norm(block, tail, p, NORM: tl.constexpr, ACC: tl.constexpr):
+def _norm(block, tail, NORM: tl.constexpr, ACC: tl.constexpr):
     """(UNITS,) norms of units that consist of a block and a tail."""
-    total = _combine(_term(widened(block, ACC), p, NORM), NORM, 1)
-    rest = _combine(_term(widened(tail, ACC), p, NORM), NORM, 1)
-    if NORM == "inf":
-        total = tl.where((rest > total) | (rest != rest), rest, total)
-    else:
-        total += rest
-    return _root(total, p, NORM, ACC)
+    total = _combine(_term(widened(block, ACC), 2.0, NORM), NORM, 1)
+    rest = _combine(_term(widened(tail, ACC), 2.0, NORM), NORM, 1)
+    return _root(_joined(total, rest, NORM), 2.0, NORM, ACC)
 
 
 @triton.jit
@@ -93,19 +99,7 @@ def _decide(weight_norm, grad_norm, clip_factor, eps, ACC: tl.constexpr):
     factor = _quotient(max_norm, _at_least(grad_norm, scalar(1e-6, ACC)), ACC)
     infinite = (weight_norm == float("inf")) | (grad_norm == float("inf"))
     small = clipped & ((max_norm < 1.1754944e-38) | (factor < 1.1754944e-38))
-    return clipped, factor, (infinite | small) == 0
-
-
-@triton.jit
-def _clip(w, w_tail, g, g_tail, clip_factor, eps, p, NORM: tl.constexpr, ACC: tl.constexpr):
-    p = scalar(p, ACC)
-    return _decide(
-        _norm(w, w_tail, p, NORM, ACC),
-        _norm(g, g_tail, p, NORM, ACC),
-        scalar(clip_factor, ACC),
-        scalar(eps, ACC),
-        ACC,
-    )
+    return clipped, factor, (infinite | small) == 0 if ACC == tl.float32 else clipped == clipped
 
 
 @triton.jit
@@ -115,11 +109,14 @@ def _store_scaled(target, g, factor, mask, ACC: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def _clip_units(
-    weight, grad, length, units, clip_factor, eps, p,
+    weight, grad, length, units, clip_factor, eps,
     BLOCK: tl.constexpr, G: tl.constexpr, UNITS: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """Clips up to UNITS units that lie one behind the other; they stay in registers between norm and scaling."""
+    """Clips up to UNITS units that lie one behind the other; they stay in registers between norm and scaling.
+
+    Returns whether ACC held everything on the way; where it did not, nothing was written.
+    """
     n, columns, tail_columns = columns_of_tile(length, BLOCK, ALIGNED)
     rows = tl.arange(0, UNITS)[:, None]
     there = rows < units
@@ -127,15 +124,44 @@ def _clip_units(
     at, tail_at = rows * n + columns, rows * n + tail_columns
     w, w_tail = tl.load(weight + at, mask=mask, other=0.0), tl.load(weight + tail_at, mask=tail_mask, other=0.0)
     g, g_tail = tl.load(grad + at, mask=mask, other=0.0), tl.load(grad + tail_at, mask=tail_mask, other=0.0)
+    weight_norm, grad_norm = _norm(w, w_tail, NORM, ACC), _norm(g, g_tail, NORM, ACC)
+    clipped, factor, held = _decide(weight_norm, grad_norm, scalar(clip_factor, ACC), scalar(eps, ACC), ACC)
+    exact = tl.min(held.to(tl.int32), axis=0)
+    clipped, factor = (clipped & (tl.full((UNITS,), exact, tl.int32) == 1))[:, None], factor[:, None]
+    _store_scaled(grad + at, g, factor, mask & clipped, ACC, G)
+    _store_scaled(grad + tail_at, g_tail, factor, tail_mask & clipped, ACC, G)
+    return exact == 1
 
-    clipped, factor, held = _clip(w, w_tail, g, g_tail, clip_factor, eps, p, NORM, ACC)
-    if ACC == tl.float64 or tl.min(held.to(tl.int32)) == 1:
-        _store_scaled(grad + at, g, factor[:, None], mask & clipped[:, None], ACC, G)
-        _store_scaled(grad + tail_at, g_tail, factor[:, None], tail_mask & clipped[:, None], ACC, G)
-    else:  # squares above 3.4e38 or factors below 1.2e-38: once more in float64, which holds them
-        clipped, factor, _ = _clip(w, w_tail, g, g_tail, clip_factor, eps, p, NORM, tl.float64)
-        _store_scaled(grad + at, g, factor[:, None], mask & clipped[:, None], tl.float64, G)
-        _store_scaled(grad + tail_at, g_tail, factor[:, None], tail_mask & clipped[:, None], tl.float64, G)
+
+@triton.jit
+def _clip_units_in_float64(
+    weight, grad, length, units, clip_factor, eps, p,
+    BLOCK: tl.constexpr, G: tl.constexpr, UNITS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """`_clip_units` for what float32 does not hold, and any p: reads twice, an eighth of a block at a time."""
+    p = scalar(p, tl.float64)
+    rows, columns = tl.arange(0, UNITS)[:, None], tl.arange(0, BLOCK // 8)[None, :]
+    weight_sum = tl.zeros((UNITS, BLOCK // 8), tl.float64)
+    grad_sum = tl.zeros((UNITS, BLOCK // 8), tl.float64)
+    for i in range(9):
+        at = i * (BLOCK // 8) + columns
+        mask = (rows < units) & (at < length)
+        w = widened(tl.load(weight + rows * length + at, mask=mask, other=0.0), tl.float64)
+        g = widened(tl.load(grad + rows * length + at, mask=mask, other=0.0), tl.float64)
+        weight_sum = _joined(weight_sum, _term(w, p, NORM), NORM)
+        grad_sum = _joined(grad_sum, _term(g, p, NORM), NORM)
+    clipped, factor, _ = _decide(
+        _root(_combine(weight_sum, NORM, 1), p, NORM, tl.float64),
+        _root(_combine(grad_sum, NORM, 1), p, NORM, tl.float64),
+        scalar(clip_factor, tl.float64),
+        scalar(eps, tl.float64),
+        tl.float64,
+    )
+    for i in range(9):
+        at = i * (BLOCK // 8) + columns
+        mask = (rows < units) & (at < length) & clipped[:, None]
+        target = grad + rows * length + at
+        _store_scaled(target, tl.load(target, mask=mask, other=0.0), factor[:, None], mask, tl.float64, G)
 
 
 @triton.jit
@@ -164,9 +190,8 @@ def _clip_tile(
     BLOCK: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = W == tl.float64 or G == tl.float64
-    # float32's exponential and logarithm lose digits in proportion to the logarithm
-    ACC: tl.constexpr = tl.float64 if WIDE or NORM == "p" else tl.float32
-    UNITS: tl.constexpr = (TILE // 2 if WIDE else TILE) // BLOCK
+    ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
+    UNITS: tl.constexpr = _SINGLES if BLOCK == 1 else (TILE // 2 if WIDE or not ALIGNED else TILE) // BLOCK
     start = first * UNITS
     weight = pointer(pointers, 2 * tensor, W, ALIGNED) + start * length
     grad = pointer(pointers, 2 * tensor + 1, G, ALIGNED) + start * length
@@ -175,8 +200,13 @@ def _clip_tile(
         weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
     if BLOCK == 1:
         _clip_single_elements(weight, grad, left, clip_factor, eps, G, UNITS, ALIGNED)
-    else:
-        _clip_units(weight, grad, length, left, clip_factor, eps, p, BLOCK, G, UNITS, ACC, ALIGNED, NORM)
+    elif NORM == "p":  # in float32 an exponential loses digits in proportion to its argument
+        _clip_units_in_float64(weight, grad, length, left, clip_factor, eps, p, BLOCK, G, UNITS, NORM)
+    elif ACC == tl.float64:
+        _clip_units(weight, grad, length, left, clip_factor, eps, BLOCK, G, UNITS, ACC, ALIGNED, NORM)
+    else:  # squares above 3.4e38 or factors below 1.2e-38: once more in float64, which holds them
+        if not _clip_units(weight, grad, length, left, clip_factor, eps, BLOCK, G, UNITS, ACC, ALIGNED, NORM):
+            _clip_units_in_float64(weight, grad, length, left, clip_factor, eps, p, BLOCK, G, UNITS, NORM)
 
 
 @triton.jit
@@ -210,16 +240,12 @@ def _part_of(rows, tensor, program):
 @triton.jit
 def _sum_part(x, start, length, tiles, p, NORM: tl.constexpr):
     """Sum, or largest, of a part of a long unit in float64."""
-    total = tl.full((), 0.0, tl.float64)
-    for i in range(tiles):
-        at = start + i * TILE + tl.arange(0, TILE)
+    total = tl.zeros((_STEP,), tl.float64)
+    for i in range(tiles * (TILE // _STEP)):
+        at = start + i * _STEP + tl.arange(0, _STEP)
         values = widened(tl.load(x + at, mask=at < length, other=0.0), tl.float64)
-        part = _combine(_term(values, p, NORM), NORM, 0)
-        if NORM == "inf":
-            total = tl.where((part > total) | (part != part), part, total)
-        else:
-            total += part
-    return total
+        total = _joined(total, _term(values, p, NORM), NORM)
+    return _combine(total, NORM, 0)
 
 
 @triton.jit
@@ -250,10 +276,10 @@ def clip_parts_kernel(
     variant = tl.load(rows + tensor * _LONG_COLUMNS + VARIANT)
     unit, part, length, parts, tiles = _part_of(rows, tensor, program)
     others = tl.arange(0, _MOST_PARTS)
-    at = sums + 2 * (program - part + others)
+    of_unit = sums + 2 * (program - part + others)
     p = scalar(p, tl.float64)
-    weight_sum = _combine(tl.load(at, mask=others < parts, other=0.0), NORM, 0)
-    grad_sum = _combine(tl.load(at + 1, mask=others < parts, other=0.0), NORM, 0)
+    weight_sum = _combine(tl.load(of_unit, mask=others < parts, other=0.0), NORM, 0)
+    grad_sum = _combine(tl.load(of_unit + 1, mask=others < parts, other=0.0), NORM, 0)
     clipped, factor, _ = _decide(
         _root(weight_sum, p, NORM, tl.float64),
         _root(grad_sum, p, NORM, tl.float64),
@@ -264,8 +290,8 @@ def clip_parts_kernel(
     for i in tl.static_range(len(VARIANTS)):
         if clipped & (variant == i):
             grad = pointer(pointers, 2 * tensor + 1, VARIANTS[i][2], False) + unit * length
-            for j in range(tiles):
-                at = (part * tiles + j) * TILE + tl.arange(0, TILE)
+            for j in range(tiles * (TILE // _STEP)):
+                at = part * tiles * TILE + j * _STEP + tl.arange(0, _STEP)
                 g = tl.load(grad + at, mask=at < length, other=0.0)
                 _store_scaled(grad + at, g, factor, at < length, tl.float64, VARIANTS[i][2])
 
@@ -294,7 +320,7 @@ class Plan:
     def __init__(self, structure: Structure, device: torch.device) -> None:
         misaligned = set(structure.misaligned)
         of_tensor = [
-            variant_of(length, count, weight, grad, [int(i in misaligned)])
+            variant_of(length, count, weight, grad, aligned=i not in misaligned)
             for i, (count, length, weight, grad, _) in enumerate(
                 zip(*structure[:4], range(len(structure.counts)), strict=True)
             )
@@ -331,8 +357,8 @@ class Plan:
 
 def _short_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:
     """Own columns of a tensor's row, and its programs."""
-    wide = tl.float64 in (variant.first, variant.second)
-    return [], triton.cdiv(count, (TILE.value // 2 if wide else TILE.value) // variant.block)
+    units = _SINGLES.value if variant.block == 1 else variant.tile // variant.block
+    return [], triton.cdiv(count, units)
 
 
 def _long_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:

@@ -31,7 +31,7 @@ class Variant(NamedTuple):
     """What the code for a tensor's units is compiled for."""
 
     block: int
-    """units of up to 9/8 of it; 1: single elements, packed; 0: units that no tile holds"""
+    """units of up to 9/8 of it, as a 3x3 kernel over 2^k channels has; 1: single elements; 0: longer than a tile"""
     first: Any
     """dtype of the weight"""
     second: Any
@@ -41,48 +41,24 @@ class Variant(NamedTuple):
     permuted: bool = False
     """whether the two tensors order the elements of a unit differently"""
 
-
-def block_for(length: int, dtype: torch.dtype) -> int:
-    """The `Variant.block` of a unit length.
-
-    A block has a tail of an eighth, since the fan-in of a 3x3 convolution over 2^k channels is 9/8 of a power of two.
-    """
-    if length == 1:
-        return 1
-    block = max(_SHORTEST_BLOCK, triton.next_power_of_2(-(-length * 8 // 9)))
-    return block if block <= tile_of(dtype) else 0
-
-
-def tile_of(dtype: torch.dtype) -> int:
-    """Elements of a tile: half of them in float64, whose values take two registers."""
-    return TILE.value // 2 if dtype == torch.float64 else TILE.value
-
-
-def programs_of(count: int, length: int, block: int, dtype: torch.dtype) -> int:
-    """Tiles that hold `count` units; without a block, one per unit."""
-    return triton.cdiv(count, tile_of(dtype) // block if block else 1)
-
-
-def is_aligned(length: int, first: torch.dtype, second: torch.dtype, pointers: Sequence[int]) -> bool:
-    """Whether units of that length start at multiples of 16 bytes in tensors of these dtypes."""
-    return length * min(first.itemsize, second.itemsize) % ACCESS_BYTES == 0 and not any(
-        pointer % ACCESS_BYTES for pointer in pointers
-    )
+    @property
+    def tile(self) -> int:
+        """Elements of a tile: half of them where a value, or the address of every value, takes registers twice."""
+        wide = tl.float64 in (self.first, self.second)
+        return TILE.value // 2 if wide or not self.aligned else TILE.value
 
 
 def variant_of(
-    length: int,
-    count: int,
-    first: torch.dtype,
-    second: torch.dtype,
-    pointers: Sequence[int],
-    permuted: bool = False,
+    length: int, count: int, first: torch.dtype, second: torch.dtype, aligned: bool, permuted: bool = False
 ) -> Variant:
-    """The variant of a tensor's units."""
-    block = block_for(length, torch.float64 if torch.float64 in (first, second) else first)
-    run = count if block == 1 else length
-    aligned = is_aligned(run, first, second, pointers)
-    return Variant(block, TRITON_DTYPES[first], TRITON_DTYPES[second], aligned, permuted)
+    """The variant of `count` units of a length, in tensors that start at multiples of 16 bytes or do not (aligned)."""
+    run = count if length == 1 else length
+    aligned = aligned and run * min(first.itemsize, second.itemsize) % ACCESS_BYTES == 0
+    variant = Variant(1, TRITON_DTYPES[first], TRITON_DTYPES[second], aligned, permuted)
+    if length == 1:
+        return variant
+    block = max(_SHORTEST_BLOCK, triton.next_power_of_2(triton.cdiv(8 * length, 9)))
+    return variant._replace(block=block if block <= variant.tile else 0)
 
 
 class Table:

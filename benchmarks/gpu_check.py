@@ -1,0 +1,191 @@
+"""Everything there is to check on a CUDA machine, in 8 minutes: ``python -m benchmarks.gpu_check OUTDIR``.
+
+Every stage is a process with its own log and time limit; one that fails does not stop the next. What is left in OUTDIR:
+a log per stage, the tests' JUnit files, ``results/`` of the benchmarks and ``summary.json``.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.environment import REPOSITORY, slug
+
+BUDGET_SECONDS = 480.0
+OP_TESTS = ("agc", "agc_contract", "agc_oracles", "weight_standardize", "scaled_activation", "residual")
+# The one that compiles hundreds of tensors for a peer comes last.
+OP_BENCHES = ("weight_standardize", "scaled_activation", "residual", "step", "agc")
+PYTHON = (sys.executable, "-u", "-m")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, the most and the least seconds that it is given, and the modules without which it cannot run."""
+
+    name: str
+    command: Sequence[str]
+    most: float
+    least: float = 5.0
+    modules: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended; ``detail`` says what failed or is missing."""
+
+    stage: str
+    status: Literal["passed", "failed", "timed out", "not run"]
+    seconds: float
+    detail: str
+
+
+def stages(folder: Path) -> list[Stage]:
+    """What is done, in this order: what decides most comes first."""
+    results = str(folder / "results")
+    # Without the caching allocator, so that every tensor has bounds of its own.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    memcheck = (find_sanitizer(), "--tool", "memcheck", "--error-exitcode", "9")
+    return [
+        Stage("build", (*PYTHON, "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."), 120,
+              modules=("pip", "setuptools", "pybind11", "ninja")),
+        Stage("describe", (*PYTHON, "nfnets_kernels"), 30),
+        Stage("graphs", (*PYTHON, "benchmarks.gpu_cases", "graphs", "--seconds", "25"), 50),
+        Stage("compare", (*PYTHON, "benchmarks.gpu_cases", "compare", "--seconds", "25"), 50),
+        Stage("benchmarks", (*PYTHON, "benchmarks", "--device", "cuda", "--quick", "--output", results,
+                             "--only", *OP_BENCHES), 200, least=30,
+              modules=("timm", "torchvision", "rich", "matplotlib")),
+        Stage("report", (*PYTHON, "benchmarks.report", results), 30, modules=("rich", "matplotlib")),
+        *(test_stage(name, folder) for name in OP_TESTS),
+        Stage("memcheck", (*memcheck, *PYTHON, "benchmarks.gpu_cases", "compare", "--cases", "12"), 90, least=20,
+              environment=uncached),
+    ]  # fmt: skip
+
+
+def test_stage(name: str, folder: Path) -> Stage:
+    """The tests of one file, on the GPU."""
+    modules = ("pytest", "hypothesis", "timm", *(["optax"] if name == "agc_oracles" else []))
+    command = (*PYTHON, "pytest", "-q", f"tests/test_{name}.py", f"--junit-xml={folder}/test_{name}.xml")
+    return Stage(f"test_{name}", command, 75, modules=modules, environment={"NFK_TEST_DEVICE": "cuda"})
+
+
+def find_sanitizer() -> str:
+    """compute-sanitizer on PATH or in the CUDA toolkit, else its bare name."""
+    home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
+    name = "compute-sanitizer"
+    found = [shutil.which(name), shutil.which(name, path=f"{home / 'bin'}{os.pathsep}{home / name}")]
+    return next(filter(None, found), name)
+
+
+def obstacle(stage: Stage, seconds_left: float) -> str | None:
+    """Why a stage cannot run, or None."""
+    missing = [module for module in stage.modules if find_spec(module) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    if shutil.which(stage.command[0]) is None:
+        return f"{stage.command[0]} is neither on PATH nor in CUDA_HOME"
+    return "out of time" if seconds_left < stage.least else None
+
+
+def run_stage(stage: Stage, folder: Path, deadline: float) -> Outcome:
+    """Run a stage into its log, unless something it needs is missing or too little time is left."""
+    start = time.monotonic()
+    reason = obstacle(stage, deadline - start)
+    if reason:
+        return Outcome(stage.name, "not run", 0.0, reason)
+    log = folder / f"{stage.name}.log"
+    limit = min(stage.most, deadline - start)
+    with log.open("w") as stream:
+        code = run_process(stage, stream.fileno(), limit)
+    seconds = round(time.monotonic() - start, 1)
+    if code is None:
+        return Outcome(stage.name, "timed out", seconds, f"after {limit:.0f} s; {last_line(log)}")
+    return Outcome(stage.name, "passed" if code == 0 else "failed", seconds, "" if code == 0 else last_line(log))
+
+
+def run_process(stage: Stage, output: int, limit: float) -> int | None:
+    """The exit status of a stage's command, None if it had to be ended at its limit with all that it started."""
+    environment = {**os.environ, **stage.environment}
+    process = subprocess.Popen(
+        stage.command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def check(folder: Path, todo: Sequence[Stage], budget: float) -> list[Outcome]:
+    """Run the stages one after the other, and keep the summary on disk up to date."""
+    deadline = time.monotonic() + budget
+    outcomes: list[Outcome] = []
+    for stage in todo:
+        print(f"{stage.name} ...", flush=True)
+        outcomes.append(run_stage(stage, folder, deadline))
+        summary = {"passed": all_passed(outcomes), "stages": [asdict(outcome) for outcome in outcomes]}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return outcomes
+
+
+def all_passed(outcomes: Sequence[Outcome]) -> bool:
+    """Whether nothing failed and nothing was left out."""
+    return all(outcome.status == "passed" for outcome in outcomes)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """One line per stage."""
+    rows = [("stage", "status", "seconds", "what failed")]
+    rows += [(one.stage, one.status, f"{one.seconds:.1f}", one.detail) for one in outcomes]
+    return "\n".join(
+        f"{stage:<26}{status:<11}{seconds:>8}  {detail}".rstrip() for stage, status, seconds, detail in rows
+    )
+
+
+def publish(results: Path, gpu: str) -> None:
+    """Copy what the benchmarks left to where they put their results of this GPU."""
+    if (results / "results.json").exists():
+        shutil.copytree(results, REPOSITORY / "benchmarks" / "results" / slug(gpu), dirs_exist_ok=True)
+
+
+def main() -> int:
+    """Command line; 0 if every stage passed, 1 if not, 2 without CUDA."""
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="OUTDIR", help="new or empty")
+    folder = parser.parse_args().folder.resolve()
+
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu_check needs a CUDA device, and torch sees none: nothing was done", file=sys.stderr)
+        return 2
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"{folder} is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = check(folder, stages(folder), BUDGET_SECONDS)
+    publish(folder / "results", torch.cuda.get_device_name())
+    print(table(outcomes))
+    return 0 if all_passed(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""What can be checked without a GPU of the run on one: stages, random cases, comparisons, goals and the harness."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from benchmarks import (
+    __main__,
+    bench_agc,
+    bench_residual,
+    bench_scaled_activation,
+    bench_weight_standardize,
+    clocks,
+    goals,
+    gpu_cases,
+    gpu_check,
+    harness,
+    report,
+)
+from benchmarks.environment import REPOSITORY, Environment
+from benchmarks.gpu_check import Stage
+from benchmarks.harness import Comparison, Contestant, Session, Settings
+from benchmarks.results import Results, Timing
+from nfnets_kernels import functional
+
+PYTHON = (sys.executable, "-c")
+QUICK = Settings(device="cpu", quick=True, seed=0, rounds=1, batch_size=1, image_size=32)
+
+
+def test_without_cuda_it_says_so_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = [sys.executable, "-m", "benchmarks.gpu_check", str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "benchmarks.gpu_check needs a CUDA device, and torch sees none: nothing was done\n"
+    assert not list(tmp_path.iterdir())
+
+
+FAKE_STAGES = [
+    Stage("good", (*PYTHON, "print('fine')"), 30),
+    Stage("bad", (*PYTHON, "print('first'); print('boom'); raise SystemExit(3)"), 30),
+    # The process that it starts must end with it: it would hold the log open.
+    Stage("slow", (*PYTHON, "import subprocess; print('on', flush=True); subprocess.run(['sleep', '60'])"), 2, least=1),
+    Stage("module", (*PYTHON, ""), 30, modules=("torch", "no_such_module")),
+    Stage("program", ("no-such-program",), 30),
+    Stage("late", (*PYTHON, ""), 30, least=1000),
+    Stage("variable", (*PYTHON, "import os; raise SystemExit(os.environ['NFK_X'] != '1')"), 30,
+          environment={"NFK_X": "1"}),
+]  # fmt: skip
+
+
+def test_stages_fail_alone(tmp_path):
+    outcomes = gpu_check.check(tmp_path, FAKE_STAGES, budget=100)
+    assert [(one.stage, one.status, one.detail) for one in outcomes] == [
+        ("good", "passed", ""),
+        ("bad", "failed", "boom"),
+        ("slow", "timed out", "after 2 s; on"),
+        ("module", "not run", "not installed: no_such_module"),
+        ("program", "not run", "no-such-program is neither on PATH nor in CUDA_HOME"),
+        ("late", "not run", "out of time"),
+        ("variable", "passed", ""),
+    ]
+    assert 2 <= outcomes[2].seconds < 20
+    assert (tmp_path / "bad.log").read_text() == "first\nboom\n"
+    assert not (tmp_path / "late.log").exists()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["passed"] is False
+    assert [stage["status"] for stage in summary["stages"]] == [one.status for one in outcomes]
+    assert len(gpu_check.table(outcomes).splitlines()) == 1 + len(outcomes)
+
+
+def test_the_budget_also_ends_a_running_stage(tmp_path):
+    slow = Stage("slow", (*PYTHON, "import time; time.sleep(60)"), most=50, least=0.5)
+    ended, late = gpu_check.check(tmp_path, [slow, slow], budget=1.5)
+    assert (ended.status, late.status, late.detail) == ("timed out", "not run", "out of time")
+
+
+@pytest.mark.parametrize("chosen, status", [(FAKE_STAGES[:1], 0), (FAKE_STAGES[:2], 1), (FAKE_STAGES[5:6], 1)])
+def test_exit_status_and_results(chosen, status, tmp_path, monkeypatch, capsys):
+    def stages(folder):
+        (folder / "results").mkdir()
+        (folder / "results" / "results.json").write_text("{}")
+        return chosen
+
+    monkeypatch.setattr(gpu_check, "stages", stages)
+    monkeypatch.setattr(gpu_check, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU 80GB")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path / "out")])
+    assert gpu_check.main() == status
+    assert (tmp_path / "benchmarks" / "results" / "some-gpu-80gb" / "results.json").read_text() == "{}"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(chosen[-1].name)
+    with pytest.raises(SystemExit):  # the folder is not empty now
+        gpu_check.main()
+
+
+def test_the_stages_name_what_there_is(tmp_path):
+    todo = gpu_check.stages(tmp_path)
+    names = [stage.name for stage in todo]
+    assert len(set(names)) == len(names)
+    assert {"build", "describe", "graphs", "compare", "benchmarks", "report", "memcheck"} < set(names)
+    assert sum(stage.least for stage in todo) < gpu_check.BUDGET_SECONDS
+    for stage in todo:
+        module = stage.command[stage.command.index("-m") + 1]
+        assert find_spec(module), module
+        assert all((REPOSITORY / part).exists() for part in stage.command if part.startswith("tests/"))
+
+
+def test_a_toolkit_outside_path_is_found(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_check.find_sanitizer() == str(program)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    assert gpu_check.find_sanitizer() == "compute-sanitizer"
+
+
+def test_random_cases_pass_on_this_device_and_notice_a_wrong_result(monkeypatch, capsys):
+    draw = gpu_cases.Draw("cpu", seed=0)
+    # Small: Triton's interpreter takes part.
+    monkeypatch.setattr(gpu_cases, "SIZES", (1, 3, 7, 8, 9))
+    monkeypatch.setattr(gpu_cases, "LENGTHS", (9, 64))
+    cases = list(islice(draw.cases(), 8))
+    assert gpu_cases.run_checks(gpu_cases.check_backends, iter(cases), seconds=60) == 0
+    right = functional.scaled_activation
+
+    def wrong_on_others(x, *arguments, backend, **options):
+        out = right(x, *arguments, backend=backend, **options)
+        return out if backend == "reference" else out * 1.05
+
+    monkeypatch.setattr(functional, "scaled_activation", wrong_on_others)
+    chosen = [case for case in cases if case.op == "scaled_activation"]
+    assert gpu_cases.run_checks(gpu_cases.check_backends, iter(chosen), seconds=60) == len(chosen) > 0
+    assert "failed: scaled_activation" in capsys.readouterr().out
+
+
+def test_cases_give_the_same_results_again(monkeypatch):
+    """What a CUDA graph is checked for, with calls in place of replays."""
+    monkeypatch.setattr(gpu_cases, "captured", lambda run: run)
+    monkeypatch.setattr(gpu_cases, "SIZES", (1, 3, 7, 8, 9))
+    monkeypatch.setattr(gpu_cases, "LENGTHS", (9, 64))
+    cases = gpu_cases.graph_cases(islice(gpu_cases.Draw("cpu", 0).cases(), 4))
+    checked = []
+    assert gpu_cases.run_checks(lambda case: checked.append(case) or gpu_cases.check_graph(case), cases, 60) == 0
+    assert [case.op for case in checked].count("agc") == 2
+
+
+def environment(gpu: str | None) -> Environment:
+    texts = dict.fromkeys(("command", "cpu", "python", "torch", "torchvision", "timm", "nfnets_kernels", "commit"), "x")
+    return Environment(date="2021-02-11", device="x", gpu=gpu, threads=1, dirty=False, **texts)
+
+
+def timing(bench: str, case: str, median_ms: float, fraction: float) -> Timing:
+    gpu = {"method": "graph", "host_ms": 0.01, "peak_bytes": 2_000_000}
+    return Timing(bench, case, "ours", "ours", "triton", 5, median_ms, median_ms, median_ms, 1.0, fraction, 100, **gpu)
+
+
+def test_goals_without_a_gpu_are_not_measured_yet():
+    on_cpu = Results(environment(None), timings=[timing(goal.bench, goal.case, 1e-6, 1.0) for goal in goals.GOALS])
+    for results in ([], [on_cpu]):
+        rows = goals.goal_rows(results)
+        assert len(rows) == len(goals.GOALS)
+        assert {row[-1] for row in rows} == {"not measured yet"}
+        assert report.readme_section(results).endswith("GPU: not measured yet.")
+    assert "goal" not in report.summary(on_cpu).lower()
+
+
+def test_goals_are_met_or_missed_on_a_gpu():
+    case, activation = "NF-ResNet-50, none clipped", "gelu float32, forward"
+    timings = [timing("agc", case, 0.05, 0.9), timing("scaled_activation", activation, 0.2, 0.919)]
+    results = Results(environment("Some GPU"), timings=timings)
+    verdicts = {row[1]: row[-1] for row in goals.goal_rows([results])}
+    met, missed = "goal met: 50.0 us, at most 60 us", "goal missed: 91.9%, at least 92% of bandwidth"
+    assert verdicts[f"agc: {case}"] == met
+    assert verdicts[f"scaled_activation: {activation}"] == missed
+    assert verdicts["agc: NFNet-F0, none clipped"] == "not measured yet"
+    for text in (report.summary(results), report.readme_section([results])):
+        assert met in text
+        assert missed in text
+    columns, rows = report.table(results, "agc")
+    assert {"Timed": "graph", "Host ms": "0.0100", "Peak MB": "2", "Goal": met}.items() <= dict(
+        zip(columns, rows[0], strict=True)
+    ).items()
+
+
+@pytest.fixture
+def tiny_on_gpu(monkeypatch):
+    """What a GPU would be given, in tiny and on the CPU."""
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    monkeypatch.setattr(bench_scaled_activation, "GPU_SHAPE", (2, 4, 3, 3))
+    monkeypatch.setattr(bench_residual, "GPU_SHAPE", (2, 4, 3, 3))
+    parameters = bench_agc.make_params
+
+    def make_params(model, device, clipped):
+        monkeypatch.setattr(
+            bench_agc.peers, "create_model", lambda name: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False))
+        )
+        return parameters(model, device, clipped)
+
+    def make_convolutions(device, memory_format):
+        weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=memory_format)
+        inputs = [weight.requires_grad_()], [torch.rand(8, 1, 1, 1).requires_grad_()]
+        return bench_weight_standardize.Convolutions(*inputs, scales=[1.7], eps=1e-5)
+
+    monkeypatch.setattr(bench_agc, "make_params", make_params)
+    monkeypatch.setattr(bench_weight_standardize, "make_convolutions", make_convolutions)
+
+
+@pytest.mark.parametrize("bench", [bench_agc, bench_weight_standardize, bench_scaled_activation, bench_residual])
+def test_contestants_are_right_in_every_direction_and_every_goal_is_a_case(bench, tiny_on_gpu):
+    cases = []
+
+    def compare(comparison: Comparison) -> None:
+        cases.append(comparison.case)
+        for contestant in comparison.contestants:
+            # Twice: backward starts from the same graph again.
+            for _ in range(0 if contestant.optional or contestant.role == "ceiling" else 2):
+                comparison.setup()
+                comparison.check(contestant.name, contestant.run())
+
+    bench.run(SimpleNamespace(settings=QUICK, compare=compare, track=lambda items, description: items))
+    assert {goal.case for goal in goals.GOALS if goal.bench == bench.BENCH} <= set(cases)
+
+
+def test_a_gpu_is_measured_by_graphs_where_they_can_be_captured(monkeypatch, tmp_path):
+    def captured(run):
+        if run is hopeless:
+            raise RuntimeError("not captured: operation not permitted")
+        return run
+
+    def ours():
+        return functional.scaled_activation(torch.ones(3), "relu")
+
+    def hopeless():
+        return None
+
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    monkeypatch.setattr(harness, "captured", captured)
+    monkeypatch.setattr(harness, "peak_memory", lambda run: 7)
+    monkeypatch.setattr(harness, "host_clock", clocks.wall_clock)
+    monkeypatch.setattr(harness, "measure_bandwidth", lambda device, clock: {"copy": 1e9})
+    checked = []
+    contestants = [Contestant("ours", ours, "ours", ["scaled_activation"]), Contestant("hopeless", hopeless)]
+    comparison = Comparison(
+        "scaled_activation", "case", contestants, lambda name, value: checked.append(name), traffic={"copy": 24}
+    )
+    results = Results(environment("Some GPU"))
+    with Progress(disable=True) as progress:
+        Session(QUICK, results, tmp_path, progress).compare(comparison)
+    assert [(one.method, one.peak_bytes, one.traffic_bytes) for one in results.timings] == [
+        ("graph", 7, 24),
+        ("calls", 7, 24),
+    ]
+    assert all(one.host_ms is not None for one in results.timings)
+    assert checked == ["ours", "ours, replayed", "hopeless"]
+    skipped = [incident.reason for incident in results.incidents if incident.kind == "skipped"]
+    assert skipped == ["hopeless: calls are timed, not captured: operation not permitted"]
+    assert Results.load(tmp_path) == results
+
+
+def run_main(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--no-keep-memory", *arguments])
+    monkeypatch.setattr(harness, "measure_bandwidth", lambda device, clock: {"copy": 1e9, "read": 1e9, "update": 1e9})
+    return __main__.main()
+
+
+def test_the_residual_benchmark_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_residual, "SHAPE", (2, 8, 5, 5))
+    assert run_main(monkeypatch, "--quick", "--only", "residual", "--rounds", "2", "--output", str(tmp_path)) == 0
+    timings = Results.load(tmp_path).timings
+    assert {one.case for one in timings} == {"NHWC float32, forward + backward", "NHWC bfloat16, forward + backward"}
+    assert [(one.contestant, one.backend, one.method) for one in timings[:2]] == [
+        ("residual", "cpu", "calls"),
+        ("eager", "", "calls"),
+    ]
+    assert "Residual epilogue" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_benchmark_that_breaks_is_reported_and_the_next_one_runs(monkeypatch, tmp_path):
+    def broken(session):
+        raise RuntimeError("no memory\nat all")
+
+    monkeypatch.setattr(bench_agc, "run", broken)
+    monkeypatch.setattr(bench_residual, "SHAPE", (2, 8, 5, 5))
+    assert run_main(monkeypatch, "--only", "agc", "residual", "--rounds", "1", "--output", str(tmp_path)) == 1
+    results = Results.load(tmp_path)
+    assert results.incidents[0].reason == "RuntimeError: no memory"
+    assert results.timings
