@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, settings
 
 from benchmarks.torchvision_compat import prepare
 
-from .interpreter import round_to_nearest
+from .interpreter import prepare_interpreter
 
-round_to_nearest()
+prepare_interpreter()
 prepare()  # before any test imports timm
 torch.set_default_device(DEVICE)
 

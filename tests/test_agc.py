@@ -263,7 +263,9 @@ def test_a_norm_exactly_at_the_bound_is_not_below_it(backend, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_and_two_threads_give_the_same_bits(kernel):
     length, units = sized(100_000, 10_000, kernel), sized(500, 10, kernel)
-    pairs = [random_pair(shape, dtype) for shape in ((units, 700), (3, length), (7 * length // 10,)) for dtype in DTYPES]
+    pairs = [
+        random_pair(shape, dtype) for shape in ((units, 700), (3, length), (7 * length // 10,)) for dtype in DTYPES
+    ]
     results = []
     for count in (1, 2, 2):
         grads = [grad.clone() for _, grad in pairs]

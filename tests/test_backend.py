@@ -79,10 +79,36 @@ def test_unknown_names_are_named_with_what_is_accepted(choose):
         choose("agc", "cpu", "tpu")
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_a_backend_that_cannot_serve_says_why(name):
-    with pytest.raises(ValueError, match=f"backend '{name}' cannot serve agc on cpu: it does not run on cpu tensors"):
-        clip(backend=name)
+def test_a_backend_that_cannot_serve_says_why():
+    with pytest.raises(ValueError, match="backend 'cuda' cannot serve agc on cpu: it does not run on cpu tensors"):
+        clip(backend="cuda")
+
+
+def test_triton_serves_cpu_tensors_by_name_and_only_interpreted(monkeypatch):
+    backend.serving.cache_clear()
+    for op in backend.OPS:
+        assert backend.serving(op, "cpu", "triton") == "triton"
+        assert backend.serving(op, "cpu") != "triton"
+    monkeypatch.setattr(backend, "TRITON_INTERPRETED", False)
+    assert "only under Triton's interpreter" in backend.unavailable("agc", "triton", "cpu")
+    assert backend.unavailable("agc", "triton", "cuda") is None
+    assert backend.unavailable("agc", "triton", "mps") == "it does not run on mps tensors"
+
+
+@pytest.mark.parametrize("reason", ["triton is not installed", "triton 3.5.1 is installed and 3.6 or newer needed"])
+def test_cuda_tensors_without_a_usable_triton_are_served_by_the_reference(monkeypatch, reason):
+    monkeypatch.setattr(backend, "_triton_missing", reason)
+    backend.serving.cache_clear()
+    description = backend.describe()
+    backend.serving.cache_clear()
+    assert description.build["Triton kernels"] == reason
+    assert set(description.serving["cuda"].values()) == {"reference"}
+    assert all(f"not triton: {reason}" in reasons for reasons in description.reasons["cuda"].values())
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: "3.5.1")
+    assert backend._triton_version() == ("3.5.1", "triton 3.5.1 is installed and 3.6 or newer needed")
 
 
 def test_select_gives_what_was_registered(monkeypatch):

@@ -385,7 +385,6 @@ W, G = torch.ones(3, 4), torch.ones(3)
         ([W], [], {"memory_format": "channels_last"}, ValueError, "memory_format.*channels_last"),
         ([W], [], {"backend": "tpu"}, ValueError, "backend.*'tpu'"),
         ([W], [], {"backend": "cuda"}, ValueError, "'cuda' cannot serve weight.*does not run on cpu"),
-        ([W], [], {"backend": "triton"}, ValueError, "'triton' cannot serve weight.*does not run on cpu"),
     ],
 )
 def test_bad_argument_is_named_before_any_kernel_runs(weights, gains, options, error, message):

@@ -31,7 +31,7 @@ def _check_weight(i: int, weight: Tensor, gain: Tensor | None) -> None:
     check_float(f"weights[{i}]", weight)
     if weight.ndim < 2:
         raise ValueError(f"weights[{i}] must have a dim of units and a fan-in, got shape {tuple(weight.shape)}")
-    if weight.numel() > 0 and weight[0].numel() == 1:
+    if weight.numel() > 0 and weight.shape[1:].numel() == 1:
         raise ValueError(f"weights[{i}] of shape {tuple(weight.shape)} has a fan_in of 1, which standardizes to zero")
     if gain is None:
         return

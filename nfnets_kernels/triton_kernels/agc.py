@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping of all parameters of a device in one launch (Brock et al. 2021, section 4.1, equation 3)."""
+"""Adaptive gradient clipping of all parameters of a device in one launch (Brock et al. 2021, equation 3)."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, narrowed, scalar, widened
+from .launch import launch, scalar, widened
+from .norms import combine, decide, joined, norm, root, store_scaled, term
 from .table import (
     COUNT,
     FIRST_PROGRAM,
@@ -35,79 +36,6 @@ _LONG_COLUMNS = tl.constexpr(6)
 
 
 @triton.jit
-def _at_least(x, low):
-    return tl.where(x < low, low, x)  # NaN stays NaN
-
-
-@triton.jit
-def _quotient(x, y, ACC: tl.constexpr):
-    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
-
-
-@triton.jit
-def _term(x, p, NORM: tl.constexpr):
-    """What a norm sums or, for infinity, takes the largest of."""
-    if NORM == "2":
-        return x * x
-    elif NORM == "p":
-        return tl.exp2(p * tl.log2(tl.abs(x)))
-    else:
-        return tl.abs(x)
-
-
-@triton.jit
-def _largest(x, AXIS: tl.constexpr):
-    """Maximum over an axis, NaN where there is one: hardware maxima pass over it."""
-    has_nan = tl.max((x != x).to(tl.int32), axis=AXIS) > 0
-    return tl.where(has_nan, float("nan"), tl.max(x, axis=AXIS))
-
-
-@triton.jit
-def _combine(x, NORM: tl.constexpr, AXIS: tl.constexpr):
-    return _largest(x, AXIS) if NORM == "inf" else tl.sum(x, axis=AXIS)
-
-
-@triton.jit
-def _joined(x, y, NORM: tl.constexpr):
-    """Sum, or largest, of two results of `_combine` or two terms."""
-    return tl.where((y > x) | (y != y), y, x) if NORM == "inf" else x + y
-
-
-@triton.jit
-def _root(x, p, NORM: tl.constexpr, ACC: tl.constexpr):
-    if NORM == "2":
-        return tl.sqrt_rn(x) if ACC == tl.float32 else tl.sqrt(x)
-    elif NORM == "p":
-        return tl.exp2(tl.log2(x) / p)
-    else:
-        return x
-
-
-@triton.jit
-def _norm(block, tail, NORM: tl.constexpr, ACC: tl.constexpr):
-    """(UNITS,) norms of units that consist of a block and a tail."""
-    total = _combine(_term(widened(block, ACC), 2.0, NORM), NORM, 1)
-    rest = _combine(_term(widened(tail, ACC), 2.0, NORM), NORM, 1)
-    return _root(_joined(total, rest, NORM), 2.0, NORM, ACC)
-
-
-@triton.jit
-def _decide(weight_norm, grad_norm, clip_factor, eps, ACC: tl.constexpr):
-    """Whether a unit is clipped, by which factor, and whether ACC held everything on the way."""
-    max_norm = clip_factor * _at_least(weight_norm, eps)
-    clipped = (grad_norm < max_norm) == 0  # true for a NaN norm, which must reach the gradient
-    factor = _quotient(max_norm, _at_least(grad_norm, scalar(1e-6, ACC)), ACC)
-    infinite = (weight_norm == float("inf")) | (grad_norm == float("inf"))
-    small = clipped & ((max_norm < 1.1754944e-38) | (factor < 1.1754944e-38))
-    return clipped, factor, (infinite | small) == 0 if ACC == tl.float32 else clipped == clipped
-
-
-@triton.jit
-def _store_scaled(target, g, factor, mask, ACC: tl.constexpr, DTYPE: tl.constexpr):
-    tl.store(target, narrowed(widened(g, ACC) * factor, DTYPE), mask=mask)
-
-
-@triton.jit
 def _clip_units(
     weight, grad, length, units, clip_factor, eps,
     BLOCK: tl.constexpr, G: tl.constexpr, UNITS: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
@@ -124,12 +52,12 @@ def _clip_units(
     at, tail_at = rows * n + columns, rows * n + tail_columns
     w, w_tail = tl.load(weight + at, mask=mask, other=0.0), tl.load(weight + tail_at, mask=tail_mask, other=0.0)
     g, g_tail = tl.load(grad + at, mask=mask, other=0.0), tl.load(grad + tail_at, mask=tail_mask, other=0.0)
-    weight_norm, grad_norm = _norm(w, w_tail, NORM, ACC), _norm(g, g_tail, NORM, ACC)
-    clipped, factor, held = _decide(weight_norm, grad_norm, scalar(clip_factor, ACC), scalar(eps, ACC), ACC)
+    weight_norm, grad_norm = norm(w, w_tail, NORM, ACC), norm(g, g_tail, NORM, ACC)
+    clipped, factor, held = decide(weight_norm, grad_norm, scalar(clip_factor, ACC), scalar(eps, ACC), ACC)
     exact = tl.min(held.to(tl.int32), axis=0)
     clipped, factor = (clipped & (tl.full((UNITS,), exact, tl.int32) == 1))[:, None], factor[:, None]
-    _store_scaled(grad + at, g, factor, mask & clipped, ACC, G)
-    _store_scaled(grad + tail_at, g_tail, factor, tail_mask & clipped, ACC, G)
+    store_scaled(grad + at, g, factor, mask & clipped, ACC, G)
+    store_scaled(grad + tail_at, g_tail, factor, tail_mask & clipped, ACC, G)
     return exact == 1
 
 
@@ -148,11 +76,11 @@ def _clip_units_in_float64(
         mask = (rows < units) & (at < length)
         w = widened(tl.load(weight + rows * length + at, mask=mask, other=0.0), tl.float64)
         g = widened(tl.load(grad + rows * length + at, mask=mask, other=0.0), tl.float64)
-        weight_sum = _joined(weight_sum, _term(w, p, NORM), NORM)
-        grad_sum = _joined(grad_sum, _term(g, p, NORM), NORM)
-    clipped, factor, _ = _decide(
-        _root(_combine(weight_sum, NORM, 1), p, NORM, tl.float64),
-        _root(_combine(grad_sum, NORM, 1), p, NORM, tl.float64),
+        weight_sum = joined(weight_sum, term(w, p, NORM), NORM)
+        grad_sum = joined(grad_sum, term(g, p, NORM), NORM)
+    clipped, factor, _ = decide(
+        root(combine(weight_sum, NORM, 1), p, NORM, tl.float64),
+        root(combine(grad_sum, NORM, 1), p, NORM, tl.float64),
         scalar(clip_factor, tl.float64),
         scalar(eps, tl.float64),
         tl.float64,
@@ -161,7 +89,7 @@ def _clip_units_in_float64(
         at = i * (BLOCK // 8) + columns
         mask = (rows < units) & (at < length) & clipped[:, None]
         target = grad + rows * length + at
-        _store_scaled(target, tl.load(target, mask=mask, other=0.0), factor[:, None], mask, tl.float64, G)
+        store_scaled(target, tl.load(target, mask=mask, other=0.0), factor[:, None], mask, tl.float64, G)
 
 
 @triton.jit
@@ -169,19 +97,19 @@ def _clip_single_elements(
     weight, grad, units, clip_factor, eps, G: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Units of one element, whose norm of any p is the absolute value: one unit per lane."""
-    units = tl.multiple_of(units, 4) if ALIGNED else units
+    units = tl.multiple_of(units, ALIGNED) if ALIGNED else units
     at = tl.arange(0, UNITS)
     mask = at < units
     w, g = tl.load(weight + at, mask=mask, other=0.0), tl.load(grad + at, mask=mask, other=0.0)
     # float64 costs nothing here: the elements of all gains together are some thousandths of a model
-    clipped, factor, _ = _decide(
+    clipped, factor, _ = decide(
         tl.abs(widened(w, tl.float64)),
         tl.abs(widened(g, tl.float64)),
         scalar(clip_factor, tl.float64),
         scalar(eps, tl.float64),
         tl.float64,
     )
-    _store_scaled(grad + at, g, factor, mask & clipped, tl.float64, G)
+    store_scaled(grad + at, g, factor, mask & clipped, tl.float64, G)
 
 
 @triton.jit
@@ -211,7 +139,14 @@ def _clip_tile(
 
 @triton.jit
 def clip_kernel(
-    pointers, rows, owners, clip_factor: "fp64", eps: "fp64", p: "fp64", VARIANTS: tl.constexpr, NORM: tl.constexpr
+    pointers,
+    rows,
+    owners,
+    clip_factor: tl.float64,
+    eps: tl.float64,
+    p: tl.float64,
+    VARIANTS: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """A program clips a tile of units of one tensor: one read of weight and gradient, a write where clipped."""
     program = tl.program_id(0)
@@ -244,12 +179,12 @@ def _sum_part(x, start, length, tiles, p, NORM: tl.constexpr):
     for i in range(tiles * (TILE // _STEP)):
         at = start + i * _STEP + tl.arange(0, _STEP)
         values = widened(tl.load(x + at, mask=at < length, other=0.0), tl.float64)
-        total = _joined(total, _term(values, p, NORM), NORM)
-    return _combine(total, NORM, 0)
+        total = joined(total, term(values, p, NORM), NORM)
+    return combine(total, NORM, 0)
 
 
 @triton.jit
-def sum_parts_kernel(pointers, rows, owners, sums, p: "fp64", VARIANTS: tl.constexpr, NORM: tl.constexpr):
+def sum_parts_kernel(pointers, rows, owners, sums, p: tl.float64, VARIANTS: tl.constexpr, NORM: tl.constexpr):
     """Units that no tile holds, first launch: sums[program] = what a part adds to the norms of weight and gradient."""
     program = tl.program_id(0)
     tensor = tl.load(owners + program)
@@ -267,7 +202,7 @@ def sum_parts_kernel(pointers, rows, owners, sums, p: "fp64", VARIANTS: tl.const
 
 @triton.jit
 def clip_parts_kernel(
-    pointers, rows, owners, sums, clip_factor: "fp64", eps: "fp64", p: "fp64",
+    pointers, rows, owners, sums, clip_factor: tl.float64, eps: tl.float64, p: tl.float64,
     VARIANTS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Second launch: adds up the parts of a unit, in the same order in each of its programs, and scales one part."""
@@ -278,11 +213,11 @@ def clip_parts_kernel(
     others = tl.arange(0, _MOST_PARTS)
     of_unit = sums + 2 * (program - part + others)
     p = scalar(p, tl.float64)
-    weight_sum = _combine(tl.load(of_unit, mask=others < parts, other=0.0), NORM, 0)
-    grad_sum = _combine(tl.load(of_unit + 1, mask=others < parts, other=0.0), NORM, 0)
-    clipped, factor, _ = _decide(
-        _root(weight_sum, p, NORM, tl.float64),
-        _root(grad_sum, p, NORM, tl.float64),
+    weight_sum = combine(tl.load(of_unit, mask=others < parts, other=0.0), NORM, 0)
+    grad_sum = combine(tl.load(of_unit + 1, mask=others < parts, other=0.0), NORM, 0)
+    clipped, factor, _ = decide(
+        root(weight_sum, p, NORM, tl.float64),
+        root(grad_sum, p, NORM, tl.float64),
         scalar(clip_factor, tl.float64),
         scalar(eps, tl.float64),
         tl.float64,
@@ -293,7 +228,7 @@ def clip_parts_kernel(
             for j in range(tiles * (TILE // _STEP)):
                 at = part * tiles * TILE + j * _STEP + tl.arange(0, _STEP)
                 g = tl.load(grad + at, mask=at < length, other=0.0)
-                _store_scaled(grad + at, g, factor, at < length, tl.float64, VARIANTS[i][2])
+                store_scaled(grad + at, g, factor, at < length, tl.float64, VARIANTS[i][2])
 
 
 class Structure(NamedTuple):

@@ -28,18 +28,22 @@ def launch(kernel: Any, grid: int, device: torch.device, *, num_warps: int = 4, 
 def scalar(value, DTYPE: tl.constexpr):
     """A number argument in DTYPE.
 
-    Parameters that are annotated "fp64" take a Python float unrounded; the interpreter hands over the float itself.
+    Parameters that are annotated tl.float64 take a Python float unrounded; the interpreter hands over the float itself.
     """
     return tl.full((), value, DTYPE)
 
 
 @triton.jit
 def widened(x, ACC: tl.constexpr):
-    """x in the accumulation dtype; bfloat16 by way of float32, the one cast of it that the interpreter has right."""
-    return x.to(tl.float32).to(ACC) if x.dtype == tl.bfloat16 else x.to(ACC)
+    """x in the accumulation dtype; bfloat16 by its bits, since the interpreter's cast misplaces subnormals."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True).to(ACC)
+    else:
+        return x.to(ACC)
 
 
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
-    """x rounded to a storage dtype; see `widened`."""
+    """x rounded to a storage dtype; bfloat16 by way of float32, the one cast to it that the interpreter has right."""
     return x.to(tl.float32).to(DTYPE) if DTYPE == tl.bfloat16 else x.to(DTYPE)

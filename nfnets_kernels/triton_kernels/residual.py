@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.residual import Branch
-from .launch import TRITON_DTYPES, launch, narrowed, scalar
-from .scaled_activation import block_of, gradient, load, sigmoid, store, tile_of, unit_of, value, widened
+from .launch import TRITON_DTYPES, launch, narrowed, scalar, widened
+from .scaled_activation import block_of, gradient, load, sigmoid, store, tile_of, unit_of, value
 
 # Columns of a backward tile in channels-last order, 128 bytes of bfloat16: the program sums over the rows.
 _COLUMNS = 64

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ACCESS_BYTES, TRITON_DTYPES, launch, narrowed, scalar
+from .launch import ACCESS_BYTES, TRITON_DTYPES, launch, narrowed, scalar, widened
 
 # What a program of 4 warps has in flight: up to 2048 bytes per warp. An H200 covers its latency of some 0.7 us at
 # 4.8 TB/s with 3.4 MB in flight, 25 KB per multiprocessor, where 8 and more programs are resident.
@@ -159,16 +159,6 @@ def gradient(grad, x, KEY: tl.constexpr):
 
 
 @triton.jit
-def widened(x, ACC: tl.constexpr):
-    """x in the accumulation dtype; bfloat16 by its bits, since the interpreter's cast misplaces subnormals."""
-    if x.dtype == tl.bfloat16:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        return bits.to(tl.float32, bitcast=True).to(ACC)
-    else:
-        return x.to(ACC)
-
-
-@triton.jit
 def load(x, mask, ACC: tl.constexpr):
     """Values in the accumulation dtype; any where the mask is false."""
     return widened(tl.load(x, mask=mask), ACC)
@@ -314,9 +304,18 @@ def scaled_activation(x: Tensor, grad: Tensor | None, key: str, scale: float, ou
 
 def _elementwise(x: Tensor, grad: Tensor | None, key: str, out: Tensor, shared: dict) -> None:
     block = block_of(x.dtype, 1 if grad is None else 2)
-    programs = triton.cdiv(x.numel(), block)
     launch(
-        elementwise_kernel, programs, x.device, x=x, grad=grad, out=out, numel=x.numel(), KEY=key, BLOCK=block, **shared
+        elementwise_kernel,
+        triton.cdiv(x.numel(), block),
+        x.device,
+        num_warps=8 if x.dtype.itemsize == 2 else 4,  # 8 values a thread, one access: of 16 the compiler spills some
+        x=x,
+        grad=grad,
+        out=out,
+        numel=x.numel(),
+        KEY=key,
+        BLOCK=block,
+        **shared,
     )
 
 

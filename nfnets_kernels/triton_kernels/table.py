@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .launch import ACCESS_BYTES, TRITON_DTYPES
 
-# Elements of a tile: with 4 warps a thread holds 32 of each tensor, and the tail's 4. Two float32 tensors make 72 registers,
-# so that some 4 blocks share a multiprocessor and keep 140 KB in flight, where 25 KB hide the latency of an H200.
+# Elements of a tile: with 4 warps a thread holds 32 of each tensor, and the tail's 4. With addresses and masks some 128
+# registers, so that 4 blocks share a multiprocessor and have up to 140 KB in flight; 25 KB hide an H200's latency.
 TILE = tl.constexpr(4096)
 _SHORTEST_BLOCK = 16
 
@@ -36,8 +36,8 @@ class Variant(NamedTuple):
     """dtype of the weight"""
     second: Any
     """dtype of the gradient or output"""
-    aligned: bool
-    """whether every unit starts at a multiple of 16 bytes in every tensor"""
+    aligned: int
+    """elements in 16 bytes, which units are multiples of and all tensors start at; 0 where one does not"""
     permuted: bool = False
     """whether the two tensors order the elements of a unit differently"""
 
@@ -51,10 +51,11 @@ class Variant(NamedTuple):
 def variant_of(
     length: int, count: int, first: torch.dtype, second: torch.dtype, aligned: bool, permuted: bool = False
 ) -> Variant:
-    """The variant of `count` units of a length, in tensors that start at multiples of 16 bytes or do not (aligned)."""
+    """The variant of `count` units of a length; aligned: whether the tensors start at multiples of 16 bytes."""
     run = count if length == 1 else length
-    aligned = aligned and run * min(first.itemsize, second.itemsize) % ACCESS_BYTES == 0
-    variant = Variant(1, TRITON_DTYPES[first], TRITON_DTYPES[second], aligned, permuted)
+    elements = ACCESS_BYTES // min(first.itemsize, second.itemsize)
+    multiple = elements if aligned and run % elements == 0 else 0
+    variant = Variant(1, TRITON_DTYPES[first], TRITON_DTYPES[second], multiple, permuted)
     if length == 1:
         return variant
     block = max(_SHORTEST_BLOCK, triton.next_power_of_2(triton.cdiv(8 * length, 9)))
@@ -86,7 +87,7 @@ class Table:
         owners = np.repeat(np.arange(len(rows)), programs)
         sections = [np.zeros(len(rows) * pointer_count, np.int64), table.ravel(), owners]
         # Sections start at multiples of 16 bytes: a kernel is compiled once more for pointers that do not.
-        padded = [np.append(section, [0] * (len(section) % 2)) for section in sections]
+        padded = [np.pad(section, (0, len(section) % 2)) for section in sections]
         self._host = np.concatenate(padded)
         memory = torch.empty(len(self._host), dtype=torch.int64, device=device)
         self._memory = memory
@@ -160,5 +161,5 @@ def pointer(pointers, i, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def columns_of_tile(length, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """Length, and the indices of block and tail in a unit, (1, BLOCK) and (1, BLOCK / 8)."""
     n = length.to(tl.int32)
-    n = tl.multiple_of(n, 4) if ALIGNED else n
+    n = tl.multiple_of(n, ALIGNED) if ALIGNED else n
     return n, tl.arange(0, BLOCK)[None, :], BLOCK + tl.arange(0, BLOCK // 8)[None, :]

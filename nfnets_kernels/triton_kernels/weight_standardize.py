@@ -52,7 +52,7 @@ def _inverse(squared, n, eps, ADD: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _permuted(at, n, inner, PERMUTED: tl.constexpr):
-    """Where the element that one tensor keeps at `at` of a unit lies in the other, which has `inner` as its outer dim."""
+    """Where the element at `at` of a unit lies in the other tensor; `inner` is the innermost dim of this one."""
     return at % inner * (n // inner) + at // inner if PERMUTED else at
 
 
@@ -77,7 +77,7 @@ def _gains(gain, rows, mask, W: tl.constexpr, ACC: tl.constexpr, HAS_GAIN: tl.co
 @triton.jit
 def _standardize_units(
     weight, gain, out, length, units, inner, scale, eps,
-    BLOCK: tl.constexpr, W: tl.constexpr, O: tl.constexpr, UNITS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, PERMUTED: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr,
 ):  # fmt: skip
     """Up to UNITS units that lie one behind the other, in registers from the read to the write.
@@ -98,14 +98,14 @@ def _standardize_units(
     w, w_tail = _centered(w, mean, mask), _centered(w_tail, mean, tail_mask)
     r, _ = _inverse(_sum(w * w, w_tail * w_tail), n, eps, ADD, ACC)
     factor = (scale * _gains(gain, units_at, units_at < units, W, ACC, HAS_GAIN) * r)[:, None]
-    tl.store(out + rows * n + columns, narrowed(w * factor, O), mask=mask)
-    tl.store(out + rows * n + tail_columns, narrowed(w_tail * factor, O), mask=tail_mask)
+    tl.store(out + rows * n + columns, narrowed(w * factor, OUT), mask=mask)
+    tl.store(out + rows * n + tail_columns, narrowed(w_tail * factor, OUT), mask=tail_mask)
 
 
 @triton.jit
 def _standardize_units_backward(
     weight, gain, grad_out, grad_weight, grad_gain, length, units, inner, scale, eps,
-    BLOCK: tl.constexpr, W: tl.constexpr, O: tl.constexpr, UNITS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, PERMUTED: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr,
 ):  # fmt: skip
     """`_standardize_units` backward, in the weight's order."""
@@ -159,7 +159,7 @@ def _statistics(weight, n, eps, ADD: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _standardize_long_unit(
     weight, gain, out, n, inner, scale, eps,
-    O: tl.constexpr, ACC: tl.constexpr, PERMUTED: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr,
+    OUT: tl.constexpr, ACC: tl.constexpr, PERMUTED: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr,
 ):  # fmt: skip
     mean, r, _ = _statistics(weight, n, eps, ADD, ACC)
     factor = scale * r
@@ -167,7 +167,7 @@ def _standardize_long_unit(
         factor *= widened(tl.load(gain), ACC)
     for i in range(tl.cdiv(n, _STEP)):
         w, at, mask = _part(weight, i, n, ACC)
-        tl.store(out + _permuted(at, n, inner, PERMUTED), narrowed((w - mean) * factor, O), mask=mask)
+        tl.store(out + _permuted(at, n, inner, PERMUTED), narrowed((w - mean) * factor, OUT), mask=mask)
 
 
 @triton.jit
@@ -198,11 +198,11 @@ def _standardize_long_unit_backward(
 @triton.jit
 def _tile(
     pointers, row, first, tensor, eps,
-    BLOCK: tl.constexpr, W: tl.constexpr, O: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
+    BLOCK: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
     ADD: tl.constexpr, HAS_GAIN: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What one program does for a tensor of this variant."""
-    WIDE: tl.constexpr = W == tl.float64 or O == tl.float64
+    WIDE: tl.constexpr = W == tl.float64 or OUT == tl.float64
     ACC: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
     UNITS: tl.constexpr = (TILE // 2 if WIDE or not ALIGNED else TILE) // BLOCK if BLOCK > 0 else 1
     length, units = tl.load(row + LENGTH), tl.load(row + COUNT)
@@ -211,12 +211,10 @@ def _tile(
     eps = scalar(eps, ACC)
     start = first * UNITS
     at = start * length
-    if ALIGNED:
-        at = tl.multiple_of(at, 4)
     left = tl.minimum(units - start, UNITS).to(tl.int32)
     of_tensor = pointers + tensor * _POINTERS
     weight = _shifted(pointer(of_tensor, 0, W, ALIGNED), at, ALIGNED)
-    other = _shifted(pointer(of_tensor, 2, O, ALIGNED), at, ALIGNED)
+    other = _shifted(pointer(of_tensor, 2, OUT, ALIGNED), at, ALIGNED)
     gain = pointer(of_tensor, 1, W, False) + start
     if BACKWARD:
         grad_weight = _shifted(pointer(of_tensor, 3, W, ALIGNED), at, ALIGNED)
@@ -224,7 +222,7 @@ def _tile(
         if BLOCK > 0:
             _standardize_units_backward(
                 weight, gain, other, grad_weight, grad_gain, length, left, inner, scale, eps,
-                BLOCK, W, O, UNITS, ACC, ALIGNED, PERMUTED, ADD, HAS_GAIN,
+                BLOCK, W, OUT, UNITS, ACC, ALIGNED, PERMUTED, ADD, HAS_GAIN,
             )  # fmt: skip
         else:
             _standardize_long_unit_backward(
@@ -234,10 +232,10 @@ def _tile(
     elif BLOCK > 0:
         _standardize_units(
             weight, gain, other, length, left, inner, scale, eps,
-            BLOCK, W, O, UNITS, ACC, ALIGNED, PERMUTED, ADD, HAS_GAIN,
+            BLOCK, W, OUT, UNITS, ACC, ALIGNED, PERMUTED, ADD, HAS_GAIN,
         )  # fmt: skip
     else:
-        _standardize_long_unit(weight, gain, other, length, inner, scale, eps, O, ACC, PERMUTED, ADD, HAS_GAIN)
+        _standardize_long_unit(weight, gain, other, length, inner, scale, eps, OUT, ACC, PERMUTED, ADD, HAS_GAIN)
 
 
 @triton.jit
@@ -247,7 +245,7 @@ def _shifted(x, at, ALIGNED: tl.constexpr):
 
 @triton.jit
 def standardize_kernel(
-    pointers, rows, owners, eps: "fp64",
+    pointers, rows, owners, eps: tl.float64,
     VARIANTS: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """A program standardizes a tile of units of one weight, or takes the gradient."""
@@ -268,7 +266,7 @@ def standardize_kernel(
 class Weight(NamedTuple):
     """What stays of one weight from step to step."""
 
-    count: int
+    units: int
     fan_in: int
     inner: int
     """elements of the innermost dim in memory: the kernel's area, or the channels in channels_last order"""
@@ -283,17 +281,15 @@ class Weight(NamedTuple):
 
 
 def _build(structure: tuple[Weight, ...], device: torch.device) -> Table:
-    of_weight = [
-        variant_of(w.fan_in, w.count, w.dtype, w.other_dtype, w.aligned, w.permuted) for w in structure
-    ]
+    of_weight = [variant_of(w.fan_in, w.units, w.dtype, w.other_dtype, w.aligned, w.permuted) for w in structure]
     variants = tuple(sorted(set(of_weight), key=str))
     bits = np.array([w.scale for w in structure], dtype=np.float64).view(np.int64).tolist()
     rows = [
-        [variants.index(variant), w.count, w.fan_in, scale, w.inner]
+        [variants.index(variant), w.units, w.fan_in, scale, w.inner]
         for w, variant, scale in zip(structure, of_weight, bits, strict=True)
     ]
     programs = [
-        triton.cdiv(w.count, variant.tile // variant.block if variant.block else 1)
+        triton.cdiv(w.units, variant.tile // variant.block if variant.block else 1)
         for w, variant in zip(structure, of_weight, strict=True)
     ]
     return Table(rows, programs, _POINTERS.value, variants, device)

@@ -1,0 +1,82 @@
+"""Norms of units and what follows from them: whether a gradient is clipped, and by which factor."""
+
+import triton
+import triton.language as tl
+
+from .launch import narrowed, scalar, widened
+
+
+@triton.jit
+def _at_least(x, low):
+    return tl.where(x < low, low, x)  # NaN stays NaN
+
+
+@triton.jit
+def _quotient(x, y, ACC: tl.constexpr):
+    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
+
+
+@triton.jit
+def term(x, p, NORM: tl.constexpr):
+    """What a norm sums or, for infinity, takes the largest of."""
+    if NORM == "2":
+        return x * x
+    elif NORM == "p":
+        return tl.exp2(p * tl.log2(tl.abs(x)))
+    else:
+        return tl.abs(x)
+
+
+@triton.jit
+def _largest(x, AXIS: tl.constexpr):
+    """Maximum over an axis, NaN where there is one: hardware maxima pass over it."""
+    has_nan = tl.max((x != x).to(tl.int32), axis=AXIS) > 0
+    return tl.where(has_nan, float("nan"), tl.max(x, axis=AXIS))
+
+
+@triton.jit
+def combine(x, NORM: tl.constexpr, AXIS: tl.constexpr):
+    """Sum, or largest, of terms over an axis."""
+    return _largest(x, AXIS) if NORM == "inf" else tl.sum(x, axis=AXIS)
+
+
+@triton.jit
+def joined(x, y, NORM: tl.constexpr):
+    """Sum, or largest, of two results of `combine` or two terms."""
+    return tl.where((y > x) | (y != y), y, x) if NORM == "inf" else x + y
+
+
+@triton.jit
+def root(x, p, NORM: tl.constexpr, ACC: tl.constexpr):
+    """The norm that a unit's terms add up to."""
+    if NORM == "2":
+        return tl.sqrt_rn(x) if ACC == tl.float32 else tl.sqrt(x)
+    elif NORM == "p":
+        return tl.exp2(tl.log2(x) / p)
+    else:
+        return x
+
+
+@triton.jit
+def norm(block, tail, NORM: tl.constexpr, ACC: tl.constexpr):
+    """(UNITS,) norms of units that consist of a block and a tail."""
+    total = combine(term(widened(block, ACC), 2.0, NORM), NORM, 1)
+    rest = combine(term(widened(tail, ACC), 2.0, NORM), NORM, 1)
+    return root(joined(total, rest, NORM), 2.0, NORM, ACC)
+
+
+@triton.jit
+def decide(weight_norm, grad_norm, clip_factor, eps, ACC: tl.constexpr):
+    """Whether a unit is clipped, by which factor, and whether ACC held everything on the way."""
+    max_norm = clip_factor * _at_least(weight_norm, eps)
+    clipped = (grad_norm < max_norm) == 0  # true for a NaN norm, which must reach the gradient
+    factor = _quotient(max_norm, _at_least(grad_norm, scalar(1e-6, ACC)), ACC)
+    infinite = (weight_norm == float("inf")) | (grad_norm == float("inf"))
+    small = clipped & ((max_norm < 1.1754944e-38) | (factor < 1.1754944e-38))
+    return clipped, factor, (infinite | small) == 0 if ACC == tl.float32 else clipped == clipped
+
+
+@triton.jit
+def store_scaled(target, g, factor, mask, ACC: tl.constexpr, DTYPE: tl.constexpr):
+    """target = g * factor where the mask is true, computed in ACC and rounded once."""
+    tl.store(target, narrowed(widened(g, ACC) * factor, DTYPE), mask=mask)
