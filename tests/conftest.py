@@ -20,7 +20,8 @@ from .interpreter import prepare_interpreter
 
 prepare_interpreter()
 prepare()  # before any test imports timm
-torch.set_default_device(DEVICE)
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")

@@ -5,14 +5,11 @@ import torch
 
 from nfnets_kernels import functional
 from nfnets_kernels.reference import scaled_activation as activations
+from nfnets_kernels.triton_kernels import scaled_activation as tiles
 
-from .helpers import DTYPES, available, offset, randn
+from .helpers import DTYPES, offset, randn
 from .test_residual import check, small_inputs
 from .tolerances import assert_accurate
-
-tiles = pytest.importorskip("nfnets_kernels.triton_kernels.scaled_activation")
-
-pytestmark = pytest.mark.skipif("triton" not in available("residual"), reason="Triton serves no tensors here")
 
 
 @pytest.mark.parametrize("length", [1, 3, 7 * 7, 14 * 14, 96, 56 * 56, 1536, 3072, 10**6])

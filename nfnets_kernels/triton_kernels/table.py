@@ -89,9 +89,10 @@ class Table:
         # Sections start at multiples of 16 bytes: a kernel is compiled once more for pointers that do not.
         padded = [np.pad(section, (0, len(section) % 2)) for section in sections]
         self._host = np.concatenate(padded)
-        memory = torch.empty(len(self._host), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a table made in inference mode is also written outside of it
+            memory = torch.empty(len(self._host), dtype=torch.int64, device=device)
+            self.pointers, self.rows, self.owners = memory.split([len(section) for section in padded])
         self._memory = memory
-        self.pointers, self.rows, self.owners = memory.split([len(section) for section in padded])
         self._pointers: list[int] = []
 
     def update(self, pointers: list[int]) -> None:
