@@ -82,6 +82,8 @@ def unavailable(op: str, backend: str, device: str, variant: str | None = None) 
     """Why `backend` cannot serve `op` (of that activation) on a device type, or None if it can."""
     if backend == "triton" and device == "cpu" and not TRITON_INTERPRETED:
         return "it runs on cpu tensors only under Triton's interpreter (TRITON_INTERPRET=1 in the environment)"
+    if backend == "triton" and device == "cuda" and TRITON_INTERPRETED:
+        return "TRITON_INTERPRET is set, and Triton's interpreter cannot follow tables of pointers into a GPU's memory"
     if backend not in _PREFERENCE.get(device, ("reference",)) and (backend, device) != ("triton", "cpu"):
         return f"it does not run on {device} tensors"
     if backend == "cpu" and extension is None:

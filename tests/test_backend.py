@@ -89,6 +89,7 @@ def test_triton_serves_cpu_tensors_by_name_and_only_interpreted(monkeypatch):
     for op in backend.OPS:
         assert backend.serving(op, "cpu", "triton") == "triton"
         assert backend.serving(op, "cpu") != "triton"
+        assert "cannot follow tables of pointers" in backend.unavailable(op, "triton", "cuda")
     monkeypatch.setattr(backend, "TRITON_INTERPRETED", False)
     assert "only under Triton's interpreter" in backend.unavailable("agc", "triton", "cpu")
     assert backend.unavailable("agc", "triton", "cuda") is None
@@ -98,6 +99,7 @@ def test_triton_serves_cpu_tensors_by_name_and_only_interpreted(monkeypatch):
 @pytest.mark.parametrize("reason", ["triton is not installed", "triton 3.5.1 is installed and 3.6 or newer needed"])
 def test_cuda_tensors_without_a_usable_triton_are_served_by_the_reference(monkeypatch, reason):
     monkeypatch.setattr(backend, "_triton_missing", reason)
+    monkeypatch.setattr(backend, "TRITON_INTERPRETED", False)
     backend.serving.cache_clear()
     description = backend.describe()
     backend.serving.cache_clear()

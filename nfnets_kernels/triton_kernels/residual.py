@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.residual import Branch
+from ..reference.weight_standardize import accumulation_dtype
 from .launch import TRITON_DTYPES, launch, narrowed, scalar, widened
 from .scaled_activation import block_of, gradient, load, sigmoid, store, tile_of, unit_of, value
 
@@ -201,11 +202,13 @@ def _shared(branch: Branch, view: _View, tile: tuple[int, int], key: str, scale:
 
 def _factors(branch: Branch, dtype: torch.dtype) -> dict:
     skip_gain, se, keep = (None if tensor is None else tensor.contiguous() for tensor in branch.tensors)
-    return {"skip_gain": skip_gain, "se": se, "keep": keep, "alpha": branch.alpha, "ACC": TRITON_DTYPES[_acc(dtype)]}
-
-
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "skip_gain": skip_gain,
+        "se": se,
+        "keep": keep,
+        "alpha": branch.alpha,
+        "ACC": TRITON_DTYPES[accumulation_dtype(dtype)],
+    }
 
 
 def residual(f: Tensor, shortcut: Tensor, branch: Branch, key: str, scale: float, h: Tensor, a: Tensor) -> None:
@@ -266,7 +269,7 @@ def residual_backward(
     parts = triton.cdiv(sizes[along], tile[along] * _TILES)
     partials = None
     if f is not None:
-        partials = saved.new_empty((view.samples, parts, sizes[across]), dtype=_acc(saved.dtype))
+        partials = saved.new_empty((view.samples, parts, sizes[across]), dtype=accumulation_dtype(saved.dtype))
     launch(
         backward_kernel,
         view.samples * parts * triton.cdiv(sizes[across], tile[across]),

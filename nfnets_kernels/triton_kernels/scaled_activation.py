@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.weight_standardize import accumulation_dtype
 from .launch import ACCESS_BYTES, TRITON_DTYPES, launch, narrowed, scalar, widened
 
 # What a program of 4 warps has in flight: up to 2048 bytes per warp. An H200 covers its latency of some 0.7 us at
@@ -297,7 +298,7 @@ def scaled_activation(x: Tensor, grad: Tensor | None, key: str, scale: float, ou
     """
     if out.numel() == 0:
         return
-    acc = TRITON_DTYPES[torch.float64 if x.dtype == torch.float64 else torch.float32]
+    acc = TRITON_DTYPES[accumulation_dtype(x.dtype)]
     launch_kernel = {"glu": _glu, "log_softmax": _log_softmax}.get(key, _elementwise)
     launch_kernel(x, grad, key, out, {"scale": scale, "ACC": acc})
 
