@@ -105,6 +105,7 @@ class Table:
         self.counts = [1 if reference.is_one_unit(shape, rule) else shape[0] for shape in self.shapes]
         self.lengths = [weight.numel() // count for weight, count in zip(weights, self.counts, strict=True)]
         self.dtypes = [weight.dtype for weight in weights]
+        self.codes = [backends.DTYPE_CODES[dtype] for dtype in self.dtypes]
 
     def fits(self, weights: Sequence[Tensor], grads: Sequence[Tensor], rule: str, backend: str) -> bool:
         """Whether it still describes these weights, and the kernel takes these gradients as they lie.
@@ -136,7 +137,7 @@ def _clip_on_cpu(table: Table, grads: Sequence[Tensor], clip_factor: float, eps:
         [grad.data_ptr() for grad in grads],
         table.counts,
         table.lengths,
-        [backends.DTYPE_CODES[dtype] for dtype in table.dtypes],
+        table.codes,
         [backends.DTYPE_CODES[grad.dtype] for grad in grads],
         clip_factor,
         eps,

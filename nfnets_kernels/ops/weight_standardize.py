@@ -200,6 +200,7 @@ def _cpu_row(row: _Row) -> list[int]:
 @backends.register("weight_standardize", "triton")
 def _triton(weights, gains, scales, eps, eps_form, outs=None, grads=None):
     from ..triton_kernels import weight_standardize as kernels
+    from ..triton_kernels.table import is_aligned
 
     rows = _rows(weights, gains, scales, outs, grads)
     if not rows:
@@ -214,7 +215,7 @@ def _triton(weights, gains, scales, eps, eps_form, outs=None, grads=None):
             row.weight.dtype,
             row.other.dtype,
             row.permuted,
-            not any(address % 16 for address in (of_row[0], *of_row[2:4])),
+            is_aligned(of_row[0], *of_row[2:4]),
         )
         for row, of_row in zip(rows, addresses, strict=True)
     ]

@@ -8,29 +8,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, scalar, widened
+from .launch import scalar, widened
 from .norms import combine, decide, joined, norm, root, store_scaled, term
 from .table import (
     COUNT,
-    FIRST_PROGRAM,
     LENGTH,
+    STEP,
     TILE,
-    VARIANT,
     Table,
     Variant,
     columns_of_tile,
+    is_aligned,
     pointer,
+    row_of_program,
     table_for,
     variant_of,
 )
 
 _COLUMNS = tl.constexpr(4)
-# Single elements of a tile: 4 per thread, computed in float64.
-_SINGLES = tl.constexpr(512)
 # Parts of a long unit; a program adds up all of its unit's sums at once.
 _MOST_PARTS = tl.constexpr(256)
-# Elements that a program of such a unit reads at a time.
-_STEP = tl.constexpr(1024)
 _PARTS, _TILES = tl.constexpr(4), tl.constexpr(5)
 _LONG_COLUMNS = tl.constexpr(6)
 
@@ -53,7 +50,7 @@ def _clip_units(
     w, w_tail = tl.load(weight + at, mask=mask, other=0.0), tl.load(weight + tail_at, mask=tail_mask, other=0.0)
     g, g_tail = tl.load(grad + at, mask=mask, other=0.0), tl.load(grad + tail_at, mask=tail_mask, other=0.0)
     weight_norm, grad_norm = norm(w, w_tail, NORM, ACC), norm(g, g_tail, NORM, ACC)
-    clipped, factor, held = decide(weight_norm, grad_norm, scalar(clip_factor, ACC), scalar(eps, ACC), ACC)
+    clipped, factor, held = decide(weight_norm, grad_norm, clip_factor, eps, ACC)
     exact = tl.min(held.to(tl.int32), axis=0)
     clipped, factor = (clipped & (tl.full((UNITS,), exact, tl.int32) == 1))[:, None], factor[:, None]
     store_scaled(grad + at, g, factor, mask & clipped, ACC, G)
@@ -81,8 +78,8 @@ def _clip_units_in_float64(
     clipped, factor, _ = decide(
         root(combine(weight_sum, NORM, 1), p, NORM, tl.float64),
         root(combine(grad_sum, NORM, 1), p, NORM, tl.float64),
-        scalar(clip_factor, tl.float64),
-        scalar(eps, tl.float64),
+        clip_factor,
+        eps,
         tl.float64,
     )
     for i in range(9):
@@ -105,8 +102,8 @@ def _clip_single_elements(
     clipped, factor, _ = decide(
         tl.abs(widened(w, tl.float64)),
         tl.abs(widened(g, tl.float64)),
-        scalar(clip_factor, tl.float64),
-        scalar(eps, tl.float64),
+        clip_factor,
+        eps,
         tl.float64,
     )
     store_scaled(grad + at, g, factor, mask & clipped, tl.float64, G)
@@ -115,17 +112,14 @@ def _clip_single_elements(
 @triton.jit
 def _clip_tile(
     pointers, tensor, length, units, first, clip_factor, eps, p,
-    BLOCK: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, NORM: tl.constexpr,
+    BLOCK: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, UNITS: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    WIDE: tl.constexpr = W == tl.float64 or G == tl.float64
-    ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
-    UNITS: tl.constexpr = _SINGLES if BLOCK == 1 else (TILE // 2 if WIDE or not ALIGNED else TILE) // BLOCK
+    ACC: tl.constexpr = tl.float64 if W == tl.float64 or G == tl.float64 else tl.float32
     start = first * UNITS
-    weight = pointer(pointers, 2 * tensor, W, ALIGNED) + start * length
-    grad = pointer(pointers, 2 * tensor + 1, G, ALIGNED) + start * length
+    weight = pointer(pointers, 2 * tensor, start * length, W, ALIGNED)
+    grad = pointer(pointers, 2 * tensor + 1, start * length, G, ALIGNED)
     left = tl.minimum(units - start, UNITS).to(tl.int32)
-    if ALIGNED:
-        weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
     if BLOCK == 1:
         _clip_single_elements(weight, grad, left, clip_factor, eps, G, UNITS, ALIGNED)
     elif NORM == "p":  # in float32 an exponential loses digits in proportion to its argument
@@ -149,35 +143,30 @@ def clip_kernel(
     NORM: tl.constexpr,
 ):
     """A program clips a tile of units of one tensor: one read of weight and gradient, a write where clipped."""
-    program = tl.program_id(0)
-    tensor = tl.load(owners + program)
-    row = rows + tensor * _COLUMNS
-    variant = tl.load(row + VARIANT)
+    tensor, row, variant, first = row_of_program(rows, owners, _COLUMNS)
     length, units = tl.load(row + LENGTH), tl.load(row + COUNT)
-    first = program - tl.load(row + FIRST_PROGRAM)
     for i in tl.static_range(len(VARIANTS)):
         if variant == i:
             _clip_tile(
                 pointers, tensor, length, units, first, clip_factor, eps, p,
-                VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], NORM,
+                VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4], NORM,
             )  # fmt: skip
 
 
 @triton.jit
-def _part_of(rows, tensor, program):
-    """Unit and part that a program works on, elements of a unit, parts, and tiles of a part."""
-    row = rows + tensor * _LONG_COLUMNS
+def _part_of_program(rows, owners):
+    """Tensor, variant, unit and part that a program works on, elements of a unit, parts, and tiles of a part."""
+    tensor, row, variant, i = row_of_program(rows, owners, _LONG_COLUMNS)
     parts = tl.load(row + _PARTS)
-    i = program - tl.load(row + FIRST_PROGRAM)
-    return i // parts, i % parts, tl.load(row + LENGTH), parts, tl.load(row + _TILES)
+    return tensor, variant, i // parts, i % parts, tl.load(row + LENGTH), parts, tl.load(row + _TILES)
 
 
 @triton.jit
 def _sum_part(x, start, length, tiles, p, NORM: tl.constexpr):
     """Sum, or largest, of a part of a long unit in float64."""
-    total = tl.zeros((_STEP,), tl.float64)
-    for i in range(tiles * (TILE // _STEP)):
-        at = start + i * _STEP + tl.arange(0, _STEP)
+    total = tl.zeros((STEP,), tl.float64)
+    for i in range(tiles * (TILE // STEP)):
+        at = start + i * STEP + tl.arange(0, STEP)
         values = widened(tl.load(x + at, mask=at < length, other=0.0), tl.float64)
         total = joined(total, term(values, p, NORM), NORM)
     return combine(total, NORM, 0)
@@ -187,14 +176,12 @@ def _sum_part(x, start, length, tiles, p, NORM: tl.constexpr):
 def sum_parts_kernel(pointers, rows, owners, sums, p: tl.float64, VARIANTS: tl.constexpr, NORM: tl.constexpr):
     """Units that no tile holds, first launch: sums[program] = what a part adds to the norms of weight and gradient."""
     program = tl.program_id(0)
-    tensor = tl.load(owners + program)
-    variant = tl.load(rows + tensor * _LONG_COLUMNS + VARIANT)
-    unit, part, length, _, tiles = _part_of(rows, tensor, program)
+    tensor, variant, unit, part, length, _, tiles = _part_of_program(rows, owners)
     p = scalar(p, tl.float64)
     for i in tl.static_range(len(VARIANTS)):
         if variant == i:
-            weight = pointer(pointers, 2 * tensor, VARIANTS[i][1], False) + unit * length
-            grad = pointer(pointers, 2 * tensor + 1, VARIANTS[i][2], False) + unit * length
+            weight = pointer(pointers, 2 * tensor, unit * length, VARIANTS[i][1], False)
+            grad = pointer(pointers, 2 * tensor + 1, unit * length, VARIANTS[i][2], False)
             start = part * tiles * TILE
             tl.store(sums + 2 * program, _sum_part(weight, start, length, tiles, p, NORM))
             tl.store(sums + 2 * program + 1, _sum_part(grad, start, length, tiles, p, NORM))
@@ -207,9 +194,7 @@ def clip_parts_kernel(
 ):  # fmt: skip
     """Second launch: adds up the parts of a unit, in the same order in each of its programs, and scales one part."""
     program = tl.program_id(0)
-    tensor = tl.load(owners + program)
-    variant = tl.load(rows + tensor * _LONG_COLUMNS + VARIANT)
-    unit, part, length, parts, tiles = _part_of(rows, tensor, program)
+    tensor, variant, unit, part, length, parts, tiles = _part_of_program(rows, owners)
     others = tl.arange(0, _MOST_PARTS)
     of_unit = sums + 2 * (program - part + others)
     p = scalar(p, tl.float64)
@@ -218,15 +203,15 @@ def clip_parts_kernel(
     clipped, factor, _ = decide(
         root(weight_sum, p, NORM, tl.float64),
         root(grad_sum, p, NORM, tl.float64),
-        scalar(clip_factor, tl.float64),
-        scalar(eps, tl.float64),
+        clip_factor,
+        eps,
         tl.float64,
     )
     for i in tl.static_range(len(VARIANTS)):
         if clipped & (variant == i):
-            grad = pointer(pointers, 2 * tensor + 1, VARIANTS[i][2], False) + unit * length
-            for j in range(tiles * (TILE // _STEP)):
-                at = part * tiles * TILE + j * _STEP + tl.arange(0, _STEP)
+            grad = pointer(pointers, 2 * tensor + 1, unit * length, VARIANTS[i][2], False)
+            for j in range(tiles * (TILE // STEP)):
+                at = part * tiles * TILE + j * STEP + tl.arange(0, STEP)
                 g = tl.load(grad + at, mask=at < length, other=0.0)
                 store_scaled(grad + at, g, factor, at < length, tl.float64, VARIANTS[i][2])
 
@@ -248,6 +233,10 @@ class _Share(NamedTuple):
     members: list[int]
     table: Table
 
+    def launch(self, kernel: Any, weights: Sequence[int], grads: Sequence[int], **arguments: Any) -> None:
+        """Runs a kernel on the members of tensors at these addresses."""
+        self.table.launch(kernel, [x for i in self.members for x in (weights[i], grads[i])], **arguments)
+
 
 class Plan:
     """Which program clips what."""
@@ -256,11 +245,8 @@ class Plan:
         misaligned = set(structure.misaligned)
         of_tensor = [
             variant_of(length, count, weight, grad, aligned=i not in misaligned)
-            for i, (count, length, weight, grad, _) in enumerate(
-                zip(*structure[:4], range(len(structure.counts)), strict=True)
-            )
+            for i, (count, length, weight, grad) in enumerate(zip(*structure[:4], strict=True))
         ]
-        self.device = device
         self.short = _share(structure, of_tensor, [i for i, v in enumerate(of_tensor) if v.block], _short_row, device)
         self.long = _share(structure, of_tensor, [i for i, v in enumerate(of_tensor) if not v.block], _long_row, device)
         programs = self.long.table.programs if self.long else 0
@@ -269,31 +255,16 @@ class Plan:
     def clip_(self, weights: Sequence[int], grads: Sequence[int], **options: Any) -> None:
         """Clips the gradients at these addresses; options: clip_factor, eps, p and NORM of the kernels."""
         if self.short:
-            self._run(self.short, clip_kernel, weights, grads, **options)
+            self.short.launch(clip_kernel, weights, grads, **options)
         if self.long:
             of_sum = {"p": options["p"], "NORM": options["NORM"]}
-            self._run(self.long, sum_parts_kernel, weights, grads, sums=self.sums, **of_sum)
-            self._run(self.long, clip_parts_kernel, weights, grads, sums=self.sums, **options)
-
-    def _run(self, share: _Share, kernel: Any, weights: Sequence[int], grads: Sequence[int], **arguments: Any) -> None:
-        table = share.table
-        table.update([address for i in share.members for address in (weights[i], grads[i])])
-        launch(
-            kernel,
-            table.programs,
-            self.device,
-            pointers=table.pointers,
-            rows=table.rows,
-            owners=table.owners,
-            VARIANTS=table.variants,
-            **arguments,
-        )
+            self.long.launch(sum_parts_kernel, weights, grads, sums=self.sums, **of_sum)
+            self.long.launch(clip_parts_kernel, weights, grads, sums=self.sums, **options)
 
 
 def _short_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:
     """Own columns of a tensor's row, and its programs."""
-    units = _SINGLES.value if variant.block == 1 else variant.tile // variant.block
-    return [], triton.cdiv(count, units)
+    return [], triton.cdiv(count, variant.units)
 
 
 def _long_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:
@@ -305,14 +276,13 @@ def _long_row(count: int, length: int, variant: Variant) -> tuple[list[int], int
 def _share(structure, of_tensor, members, row_of, device) -> _Share | None:
     if not members:
         return None
-    variants = tuple(sorted({of_tensor[i] for i in members}, key=str))
     rows, programs = [], []
     for i in members:
         count, length = structure.counts[i], structure.lengths[i]
         own, own_programs = row_of(count, length, of_tensor[i])
-        rows.append([variants.index(of_tensor[i]), count, length, *own])
+        rows.append([count, length, *own])
         programs.append(own_programs)
-    return _Share(members, Table(rows, programs, 2, variants, device))
+    return _Share(members, Table([of_tensor[i] for i in members], rows, programs, 2, device))
 
 
 def agc(
@@ -328,7 +298,7 @@ def agc(
     norm_type: float,
 ) -> None:
     """Clips the gradients at these addresses of a device, each of `counts` units of `lengths` dense elements."""
-    misaligned = tuple(i for i, pair in enumerate(zip(weights, grads, strict=True)) if (pair[0] | pair[1]) % 16)
+    misaligned = tuple(i for i, pair in enumerate(zip(weights, grads, strict=True)) if not is_aligned(*pair))
     structure = Structure(tuple(counts), tuple(lengths), tuple(weight_dtypes), tuple(grad_dtypes), misaligned)
     norm = {2.0: "2", 1.0: "1", math.inf: "inf"}.get(norm_type, "p")
     p = norm_type if norm == "p" else 0.0

@@ -47,3 +47,21 @@ def widened(x, ACC: tl.constexpr):
 def narrowed(x, DTYPE: tl.constexpr):
     """x rounded to a storage dtype; bfloat16 by way of float32, the one cast to it that the interpreter has right."""
     return x.to(tl.float32).to(DTYPE) if DTYPE == tl.bfloat16 else x.to(DTYPE)
+
+
+@triton.jit
+def at_least(x, low):
+    """The larger of the two, NaN where x is NaN."""
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def quotient(x, y, ACC: tl.constexpr):
+    """x / y rounded to nearest, which float32's plain division is not."""
+    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
+
+
+@triton.jit
+def square_root(x, ACC: tl.constexpr):
+    """The square root rounded to nearest; see `quotient`."""
+    return tl.sqrt_rn(x) if ACC == tl.float32 else tl.sqrt(x)

@@ -3,17 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import narrowed, scalar, widened
-
-
-@triton.jit
-def _at_least(x, low):
-    return tl.where(x < low, low, x)  # NaN stays NaN
-
-
-@triton.jit
-def _quotient(x, y, ACC: tl.constexpr):
-    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
+from .launch import at_least, narrowed, quotient, scalar, square_root, widened
 
 
 @triton.jit
@@ -50,7 +40,7 @@ def joined(x, y, NORM: tl.constexpr):
 def root(x, p, NORM: tl.constexpr, ACC: tl.constexpr):
     """The norm that a unit's terms add up to."""
     if NORM == "2":
-        return tl.sqrt_rn(x) if ACC == tl.float32 else tl.sqrt(x)
+        return square_root(x, ACC)
     elif NORM == "p":
         return tl.exp2(tl.log2(x) / p)
     else:
@@ -68,9 +58,9 @@ def norm(block, tail, NORM: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def decide(weight_norm, grad_norm, clip_factor, eps, ACC: tl.constexpr):
     """Whether a unit is clipped, by which factor, and whether ACC held everything on the way."""
-    max_norm = clip_factor * _at_least(weight_norm, eps)
+    max_norm = scalar(clip_factor, ACC) * at_least(weight_norm, scalar(eps, ACC))
     clipped = (grad_norm < max_norm) == 0  # true for a NaN norm, which must reach the gradient
-    factor = _quotient(max_norm, _at_least(grad_norm, scalar(1e-6, ACC)), ACC)
+    factor = quotient(max_norm, at_least(grad_norm, scalar(1e-6, ACC)), ACC)
     infinite = (weight_norm == float("inf")) | (grad_norm == float("inf"))
     small = clipped & ((max_norm < 1.1754944e-38) | (factor < 1.1754944e-38))
     return clipped, factor, (infinite | small) == 0 if ACC == tl.float32 else clipped == clipped

@@ -13,15 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ACCESS_BYTES, TRITON_DTYPES
+from .launch import ACCESS_BYTES, TRITON_DTYPES, launch
 
 # Elements of a tile: with 4 warps a thread holds 32 of each tensor, and the tail's 4. With addresses and masks some 128
 # registers, so that 4 blocks share a multiprocessor and have up to 140 KB in flight; 25 KB hide an H200's latency.
 TILE = tl.constexpr(4096)
 _SHORTEST_BLOCK = 16
+# Single elements of a tile: 4 per thread, for computing in float64.
+_SINGLES = 512
+# Elements that a program of a unit longer than a tile reads at a time.
+STEP = tl.constexpr(1024)
 
 # The columns of a row of the table; an op's own follow.
-VARIANT, COUNT, LENGTH, FIRST_PROGRAM = (tl.constexpr(i) for i in range(4))
+VARIANT, FIRST_PROGRAM, COUNT, LENGTH = (tl.constexpr(i) for i in range(4))
 
 # Host memory for copies recorded in CUDA graphs: page-locking memory during a capture is an error on older torch.
 _RESERVE_WORDS = 1 << 17
@@ -38,14 +42,10 @@ class Variant(NamedTuple):
     """dtype of the gradient or output"""
     aligned: int
     """elements in 16 bytes, which units are multiples of and all tensors start at; 0 where one does not"""
-    permuted: bool = False
+    units: int
+    """units of a tile; 1 where no tile holds one"""
+    permuted: bool
     """whether the two tensors order the elements of a unit differently"""
-
-    @property
-    def tile(self) -> int:
-        """Elements of a tile: half of them where a value, or the address of every value, takes registers twice."""
-        wide = tl.float64 in (self.first, self.second)
-        return TILE.value // 2 if wide or not self.aligned else TILE.value
 
 
 def variant_of(
@@ -55,35 +55,47 @@ def variant_of(
     run = count if length == 1 else length
     elements = ACCESS_BYTES // min(first.itemsize, second.itemsize)
     multiple = elements if aligned and run % elements == 0 else 0
-    variant = Variant(1, TRITON_DTYPES[first], TRITON_DTYPES[second], multiple, permuted)
+    block, units = _tiling(length, wide=torch.float64 in (first, second) or not multiple)
+    return Variant(block, TRITON_DTYPES[first], TRITON_DTYPES[second], multiple, units, permuted)
+
+
+def _tiling(length: int, wide: bool) -> tuple[int, int]:
+    """Block and units of a tile; wide: a value, or the address of every value, takes registers twice."""
     if length == 1:
-        return variant
+        return 1, _SINGLES
+    tile = TILE.value // 2 if wide else TILE.value
     block = max(_SHORTEST_BLOCK, triton.next_power_of_2(triton.cdiv(8 * length, 9)))
-    return variant._replace(block=block if block <= variant.tile else 0)
+    return (block, tile // block) if block <= tile else (0, 1)
+
+
+def is_aligned(*addresses: int) -> bool:
+    """Whether all are multiples of 16 bytes; 0, for no tensor, is one."""
+    return not any(address % ACCESS_BYTES for address in addresses)
 
 
 class Table:
     """`pointers` (tensors, pointers each), `rows` (tensors, columns) and `owners` (programs), int64 on the device.
 
     Args:
-        rows: a row per tensor, `FIRST_PROGRAM` still missing.
+        of_tensor: the variant of each tensor.
+        rows: the other columns of each tensor, COUNT, LENGTH and the op's own.
         programs: programs of each tensor.
         pointer_count: pointers of each tensor.
-        variants: what the VARIANT column counts.
+        device: where the tensors lie.
     """
 
     def __init__(
         self,
+        of_tensor: Sequence[Variant],
         rows: Sequence[Sequence[int]],
         programs: Sequence[int],
         pointer_count: int,
-        variants: tuple[Variant, ...],
         device: torch.device,
     ) -> None:
-        self.variants = variants
+        self.variants = tuple(sorted(set(of_tensor), key=str))
         self.programs = sum(programs)
-        firsts = np.cumsum(programs) - programs
-        table = np.insert(np.array(rows, dtype=np.int64), FIRST_PROGRAM.value, firsts, axis=1)
+        indices = [self.variants.index(variant) for variant in of_tensor]
+        table = np.column_stack([indices, np.cumsum(programs) - programs, np.array(rows, dtype=np.int64)])
         owners = np.repeat(np.arange(len(rows)), programs)
         sections = [np.zeros(len(rows) * pointer_count, np.int64), table.ravel(), owners]
         # Sections start at multiples of 16 bytes: a kernel is compiled once more for pointers that do not.
@@ -103,6 +115,20 @@ class Table:
         self._host[: len(pointers)] = pointers
         changed.copy_(page_locked(self._host[: changed.numel()], changed.device), non_blocking=True)
         self._pointers = pointers
+
+    def launch(self, kernel: Any, pointers: list[int], **arguments: Any) -> None:
+        """Runs a kernel of tables on tensors at these addresses, a program for each of `owners`."""
+        self.update(pointers)
+        launch(
+            kernel,
+            self.programs,
+            self.pointers.device,
+            pointers=self.pointers,
+            rows=self.rows,
+            owners=self.owners,
+            VARIANTS=self.variants,
+            **arguments,
+        )
 
 
 _reserve: list[Tensor] = []
@@ -152,9 +178,18 @@ def table_for(build: Callable[[Any, torch.device], Any], structure: Any, device:
 
 
 @triton.jit
-def pointer(pointers, i, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The i-th pointer of a table; where ALIGNED, known to be a multiple of 16 bytes, as vector accesses need."""
-    address = tl.load(pointers + i).to(tl.pointer_type(DTYPE))
+def row_of_program(rows, owners, COLUMNS: tl.constexpr):
+    """What a program works on: the tensor, its row of the table, its variant, and which of its programs this is."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners + program)
+    row = rows + tensor * COLUMNS
+    return tensor, row, tl.load(row + VARIANT), program - tl.load(row + FIRST_PROGRAM)
+
+
+@triton.jit
+def pointer(pointers, i, at, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The i-th pointer of a table, plus `at`; ALIGNED tells the compiler that it is a multiple of 16 bytes."""
+    address = tl.load(pointers + i).to(tl.pointer_type(DTYPE)) + at
     return tl.multiple_of(address, 16) if ALIGNED else address
 
 

@@ -12,16 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch, narrowed, scalar, widened
+from .launch import at_least, narrowed, quotient, scalar, square_root, widened
 from .table import (
     COUNT,
-    FIRST_PROGRAM,
     LENGTH,
-    TILE,
-    VARIANT,
+    STEP,
     Table,
     columns_of_tile,
     pointer,
+    row_of_program,
     table_for,
     variant_of,
 )
@@ -31,8 +30,6 @@ _SCALE, _INNER = tl.constexpr(4), tl.constexpr(5)
 _COLUMNS = tl.constexpr(6)
 # The pointers of a tensor: weight, gain, output or its gradient, and where the gradients of weight and gain go.
 _POINTERS = tl.constexpr(5)
-# Elements that a program of a unit longer than a tile reads at a time.
-_STEP = tl.constexpr(1024)
 
 
 @triton.jit
@@ -42,12 +39,9 @@ def _inverse(squared, n, eps, ADD: tl.constexpr, ACC: tl.constexpr):
         denominator = squared + n.to(ACC) * eps
         varies = squared == squared
     else:
-        denominator = tl.where(squared < eps, eps, squared)  # NaN stays NaN
+        denominator = at_least(squared, eps)
         varies = (squared < eps) == 0
-    if ACC == tl.float32:
-        return tl.div_rn(scalar(1.0, ACC), tl.sqrt_rn(denominator)), varies
-    else:
-        return 1.0 / tl.sqrt(denominator), varies
+    return quotient(scalar(1.0, ACC), square_root(denominator, ACC), ACC), varies
 
 
 @triton.jit
@@ -135,20 +129,20 @@ def _standardize_units_backward(
 
 @triton.jit
 def _part(x, i, n, ACC: tl.constexpr):
-    at = i * _STEP + tl.arange(0, _STEP)
+    at = i * STEP + tl.arange(0, STEP)
     return widened(tl.load(x + at, mask=at < n, other=0.0), ACC), at, at < n
 
 
 @triton.jit
 def _statistics(weight, n, eps, ADD: tl.constexpr, ACC: tl.constexpr):
     """Mean, r, and whether it depends on the weights, of a unit longer than a tile."""
-    total = tl.zeros((_STEP,), ACC)
-    for i in range(tl.cdiv(n, _STEP)):
+    total = tl.zeros((STEP,), ACC)
+    for i in range(tl.cdiv(n, STEP)):
         w, _, _ = _part(weight, i, n, ACC)
         total += w
     mean = tl.sum(total, axis=0) / n
-    squared = tl.zeros((_STEP,), ACC)
-    for i in range(tl.cdiv(n, _STEP)):
+    squared = tl.zeros((STEP,), ACC)
+    for i in range(tl.cdiv(n, STEP)):
         w, _, mask = _part(weight, i, n, ACC)
         deviation = tl.where(mask, w - mean, 0.0)
         squared += deviation * deviation
@@ -165,7 +159,7 @@ def _standardize_long_unit(
     factor = scale * r
     if HAS_GAIN:
         factor *= widened(tl.load(gain), ACC)
-    for i in range(tl.cdiv(n, _STEP)):
+    for i in range(tl.cdiv(n, STEP)):
         w, at, mask = _part(weight, i, n, ACC)
         tl.store(out + _permuted(at, n, inner, PERMUTED), narrowed((w - mean) * factor, OUT), mask=mask)
 
@@ -176,9 +170,9 @@ def _standardize_long_unit_backward(
     W: tl.constexpr, ACC: tl.constexpr, PERMUTED: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr,
 ):  # fmt: skip
     mean, r, varies = _statistics(weight, n, eps, ADD, ACC)
-    grads = tl.zeros((_STEP,), ACC)
-    products = tl.zeros((_STEP,), ACC)
-    for i in range(tl.cdiv(n, _STEP)):
+    grads = tl.zeros((STEP,), ACC)
+    products = tl.zeros((STEP,), ACC)
+    for i in range(tl.cdiv(n, STEP)):
         w, at, mask = _part(weight, i, n, ACC)
         g = widened(tl.load(grad_out + _permuted(at, n, inner, PERMUTED), mask=mask, other=0.0), ACC)
         grads += g
@@ -189,7 +183,7 @@ def _standardize_long_unit_backward(
         tl.store(grad_gain, narrowed(factor * projection, W))
         factor *= widened(tl.load(gain), ACC)
     shrink = tl.where(varies, r * r * projection, 0.0)
-    for i in range(tl.cdiv(n, _STEP)):
+    for i in range(tl.cdiv(n, STEP)):
         w, at, mask = _part(weight, i, n, ACC)
         g = widened(tl.load(grad_out + _permuted(at, n, inner, PERMUTED), mask=mask, other=0.0), ACC)
         tl.store(grad_weight + at, narrowed((g - grad_mean - (w - mean) * shrink) * factor, W), mask=mask)
@@ -198,13 +192,11 @@ def _standardize_long_unit_backward(
 @triton.jit
 def _tile(
     pointers, row, first, tensor, eps,
-    BLOCK: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
-    ADD: tl.constexpr, HAS_GAIN: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, ALIGNED: tl.constexpr, UNITS: tl.constexpr,
+    PERMUTED: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What one program does for a tensor of this variant."""
-    WIDE: tl.constexpr = W == tl.float64 or OUT == tl.float64
     ACC: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
-    UNITS: tl.constexpr = (TILE // 2 if WIDE or not ALIGNED else TILE) // BLOCK if BLOCK > 0 else 1
     length, units = tl.load(row + LENGTH), tl.load(row + COUNT)
     inner = tl.load(row + _INNER).to(tl.int32)
     scale = tl.load(row + _SCALE).to(tl.float64, bitcast=True).to(ACC)
@@ -213,12 +205,12 @@ def _tile(
     at = start * length
     left = tl.minimum(units - start, UNITS).to(tl.int32)
     of_tensor = pointers + tensor * _POINTERS
-    weight = _shifted(pointer(of_tensor, 0, W, ALIGNED), at, ALIGNED)
-    other = _shifted(pointer(of_tensor, 2, OUT, ALIGNED), at, ALIGNED)
-    gain = pointer(of_tensor, 1, W, False) + start
+    weight = pointer(of_tensor, 0, at, W, ALIGNED)
+    other = pointer(of_tensor, 2, at, OUT, ALIGNED)
+    gain = pointer(of_tensor, 1, start, W, False)
     if BACKWARD:
-        grad_weight = _shifted(pointer(of_tensor, 3, W, ALIGNED), at, ALIGNED)
-        grad_gain = pointer(of_tensor, 4, W, False) + start
+        grad_weight = pointer(of_tensor, 3, at, W, ALIGNED)
+        grad_gain = pointer(of_tensor, 4, start, W, False)
         if BLOCK > 0:
             _standardize_units_backward(
                 weight, gain, other, grad_weight, grad_gain, length, left, inner, scale, eps,
@@ -239,27 +231,18 @@ def _tile(
 
 
 @triton.jit
-def _shifted(x, at, ALIGNED: tl.constexpr):
-    return tl.multiple_of(x + at, 16) if ALIGNED else x + at
-
-
-@triton.jit
 def standardize_kernel(
     pointers, rows, owners, eps: tl.float64,
     VARIANTS: tl.constexpr, ADD: tl.constexpr, HAS_GAIN: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """A program standardizes a tile of units of one weight, or takes the gradient."""
-    program = tl.program_id(0)
-    tensor = tl.load(owners + program)
-    row = rows + tensor * _COLUMNS
-    variant = tl.load(row + VARIANT)
-    first = program - tl.load(row + FIRST_PROGRAM)
+    tensor, row, variant, first = row_of_program(rows, owners, _COLUMNS)
     for i in tl.static_range(len(VARIANTS)):
         if variant == i:
             _tile(
                 pointers, row, first, tensor, eps,
                 VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4],
-                ADD, HAS_GAIN, BACKWARD,
+                VARIANTS[i][5], ADD, HAS_GAIN, BACKWARD,
             )  # fmt: skip
 
 
@@ -282,17 +265,10 @@ class Weight(NamedTuple):
 
 def _build(structure: tuple[Weight, ...], device: torch.device) -> Table:
     of_weight = [variant_of(w.fan_in, w.units, w.dtype, w.other_dtype, w.aligned, w.permuted) for w in structure]
-    variants = tuple(sorted(set(of_weight), key=str))
     bits = np.array([w.scale for w in structure], dtype=np.float64).view(np.int64).tolist()
-    rows = [
-        [variants.index(variant), w.units, w.fan_in, scale, w.inner]
-        for w, variant, scale in zip(structure, of_weight, bits, strict=True)
-    ]
-    programs = [
-        triton.cdiv(w.units, variant.tile // variant.block if variant.block else 1)
-        for w, variant in zip(structure, of_weight, strict=True)
-    ]
-    return Table(rows, programs, _POINTERS.value, variants, device)
+    rows = [[w.units, w.fan_in, scale, w.inner] for w, scale in zip(structure, bits, strict=True)]
+    programs = [triton.cdiv(w.units, variant.units) for w, variant in zip(structure, of_weight, strict=True)]
+    return Table(of_weight, rows, programs, _POINTERS.value, device)
 
 
 def weight_standardize(
@@ -316,17 +292,4 @@ def weight_standardize(
         backward: whether to take gradients.
     """
     table = table_for(_build, tuple(weights), device)
-    table.update(pointers)
-    launch(
-        standardize_kernel,
-        table.programs,
-        device,
-        pointers=table.pointers,
-        rows=table.rows,
-        owners=table.owners,
-        eps=eps,
-        VARIANTS=table.variants,
-        ADD=add,
-        HAS_GAIN=has_gain,
-        BACKWARD=backward,
-    )
+    table.launch(standardize_kernel, pointers, eps=eps, ADD=add, HAS_GAIN=has_gain, BACKWARD=backward)
