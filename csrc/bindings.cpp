@@ -5,8 +5,10 @@
 #include <array>
 #include <vector>
 
+#include "agc_table.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "python/snapshot.h"
 
 namespace py = pybind11;
 
@@ -17,16 +19,34 @@ using Ints = std::vector<int64_t>;
 
 void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); }
 
-void agc(const Ints& weights, const Ints& grads, const Ints& counts, const Ints& lengths, const Ints& weight_dtypes,
-         const Ints& grad_dtypes, double clip_factor, double eps, int norm, double p, int threads) {
-  const nfk::AgcConfig config{clip_factor, eps, p, static_cast<nfk::Norm>(norm)};
-  std::vector<nfk::AgcTensor> tensors;
-  std::vector<nfk::cpu::Task> tasks;
+nfk::AgcTable agc_table(const Ints& weights, const Ints& counts, const Ints& lengths, const Ints& weight_dtypes,
+                        const Ints& grad_dtypes) {
+  nfk::AgcTable table;
   for (size_t i = 0; i < weights.size(); ++i) {
-    tensors.push_back({pointer(weights[i]), pointer(grads[i]), static_cast<DType>(weight_dtypes[i]),
-                       static_cast<DType>(grad_dtypes[i]), {counts[i], lengths[i]}});
-    nfk::cpu::append_tasks(tasks, i, tensors[i].units);
+    table.tensors.push_back({pointer(weights[i]), nullptr, static_cast<DType>(weight_dtypes[i]),
+                             static_cast<DType>(grad_dtypes[i]), {counts[i], lengths[i]}});
   }
+  return table;
+}
+
+nfk::Addresses addresses(const Ints& values) {
+  nfk::Addresses result;
+  for (const int64_t value : values) result.of_tensor.push_back(pointer(value));
+  return result;
+}
+
+Ints values(const nfk::Addresses& addresses) {
+  Ints result;
+  for (const void* address : addresses.of_tensor) result.push_back(reinterpret_cast<intptr_t>(address));
+  return result;
+}
+
+void agc(const nfk::AgcTable& table, const nfk::Addresses& grads, double clip_factor, double eps, int norm, double p,
+         int threads) {
+  const nfk::AgcConfig config{clip_factor, eps, p, static_cast<nfk::Norm>(norm)};
+  const std::vector<nfk::AgcTensor> tensors = table.with(grads);
+  std::vector<nfk::cpu::Task> tasks;
+  for (size_t i = 0; i < tensors.size(); ++i) nfk::cpu::append_tasks(tasks, i, tensors[i].units);
   const auto kernel = nfk::cpu::kernels().agc;
   nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
     kernel(tensors[task.tensor], config, task.first, task.last);
@@ -87,12 +107,22 @@ void residual(const std::array<int64_t, 11>& p, int dtype, int64_t samples, int6
 
 PYBIND11_MODULE(_C, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
+  // These classes serve nfnets_kernels._cuda too.
+  py::class_<nfk::Addresses>(m, "Addresses")
+      .def(py::init(&addresses))
+      .def("__iter__", [](const nfk::Addresses& self) { return py::iter(py::cast(values(self))); });
+  py::implicitly_convertible<py::list, nfk::Addresses>();
+  py::class_<nfk::AgcTable>(m, "AgcTable").def(py::init(&agc_table));
+  py::class_<nfk::Snapshot>(m, "Snapshot")
+      .def_static("take", &nfk::Snapshot::take)
+      .def("gradients", &nfk::Snapshot::gradients);
   m.def("agc", &agc, release_gil());
   m.def("weight_standardize", &weight_standardize, release_gil());
   m.def("scaled_activation", &scaled_activation, release_gil());
   m.def("residual", &residual, release_gil());
   m.def("isa", [] { return nfk::cpu::kernels().isa; });
   m.def("select_isa", &nfk::cpu::select_isa);
+  m.attr("cuda_build") = NFK_CUDA_BUILD;
 #if defined(_OPENMP)
   m.attr("openmp") = true;
 #else

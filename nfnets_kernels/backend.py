@@ -29,6 +29,9 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 _TRITON_AT_LEAST = (3, 6)
 
+# Whose memory an extension's kernels can address.
+_DEVICES = {"cuda": ("cuda",), "cpu": ("cpu",)}
+
 # Codes shared with csrc/units.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -43,11 +46,11 @@ _kernels: dict[tuple[str, str], _Kernel] = {}
 _recorders: list[list[tuple[str, str]]] = []
 
 
-def _import_extension() -> tuple[ModuleType | None, str]:
+def _import_extension(name: str, advice: str) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("nfnets_kernels._C"), ""
+        return importlib.import_module(f"nfnets_kernels.{name}"), ""
     except ImportError as error:
-        return None, f"nfnets_kernels._C is not built ({error}); install the package with `pip install .`"
+        return None, f"nfnets_kernels.{name} is not built ({error}); {advice}"
 
 
 def _triton_version() -> tuple[str, str]:
@@ -65,7 +68,12 @@ def _triton_version() -> tuple[str, str]:
 _triton, _triton_missing = _triton_version()
 
 # torch is imported above, so the extension shares the OpenMP runtime (and its threads) that torch has loaded.
-extension, _extension_missing = _import_extension()
+extension, _extension_missing = _import_extension("_C", "install the package with `pip install .`")
+cuda_extension, _cuda_missing = _import_extension(
+    "_cuda", "install the package with NFK_CUDA=1 in the environment to learn what its build lacks"
+)
+if cuda_extension is None and extension is not None and extension.cuda_build.startswith("not built"):
+    _cuda_missing = f"nfnets_kernels._cuda is {extension.cuda_build}"
 
 
 def register(op: str, backend: str, variants: Collection[str] | None = None) -> Callable[[Any], Any]:
@@ -78,16 +86,40 @@ def register(op: str, backend: str, variants: Collection[str] | None = None) -> 
     return decorate
 
 
-def unavailable(op: str, backend: str, device: str, variant: str | None = None) -> str | None:
-    """Why `backend` cannot serve `op` (of that activation) on a device type, or None if it can."""
+def _misplaced(backend: str, device: str) -> str | None:
+    """Why a backend cannot address a device's memory; the reference can any."""
     if backend == "triton" and device == "cpu" and not TRITON_INTERPRETED:
         return "it runs on cpu tensors only under Triton's interpreter (TRITON_INTERPRET=1 in the environment)"
     if backend == "triton" and device == "cuda" and TRITON_INTERPRETED:
         return "TRITON_INTERPRET is set, and Triton's interpreter cannot follow tables of pointers into a GPU's memory"
-    if backend not in _PREFERENCE.get(device, ("reference",)) and (backend, device) != ("triton", "cpu"):
-        return f"it does not run on {device} tensors"
+    devices = ("cpu", "cuda") if backend == "triton" else _DEVICES.get(backend, (device,))
+    return None if device in devices else f"it does not run on {device} tensors"
+
+
+@functools.cache
+def _cuda_obstacle() -> str | None:
+    """Why the CUDA extension serves no tensors here.
+
+    Only the current device is asked: each that is asked gets a context, some hundred MB of its memory.
+    """
+    if cuda_extension is None:
+        return _cuda_missing
+    if torch.version.hip is not None:
+        return "torch is a ROCm build"
+    if torch.cuda.is_available() and (obstacle := cuda_extension.obstacle(torch.cuda.current_device())):
+        return f"{obstacle}: {torch.cuda.get_device_name()}, for kernels of {getattr(extension, 'cuda_build', None)}"
+    return None
+
+
+def unavailable(op: str, backend: str, device: str, variant: str | None = None) -> str | None:
+    """Why `backend` cannot serve `op` (of that activation) on a device type, or None if it can."""
+    misplaced = _misplaced(backend, device)
+    if misplaced:
+        return misplaced
     if backend == "cpu" and extension is None:
         return _extension_missing
+    if backend == "cuda" and (obstacle := _cuda_obstacle()):
+        return obstacle
     if backend == "triton" and _triton_missing:
         return _triton_missing
     kernel = _kernels.get((op, backend))
@@ -183,6 +215,7 @@ def describe() -> Description:
     else:
         threads = f"OpenMP, {torch.get_num_threads()} threads" if extension.openmp else "no OpenMP: one thread"
         build["CPU kernels"] = f"built; instruction set {extension.isa()}; {threads}"
+    build["CUDA kernels"] = _cuda_obstacle() or f"built by {getattr(extension, 'cuda_build', None)}"
     interpreted = "; interpreted, and on cpu tensors where asked for by name" if TRITON_INTERPRETED else ""
     build["Triton kernels"] = _triton_missing or f"compiled at first use by triton {_triton}{interpreted}"
     build["CUDA device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible to torch"

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,11 @@ def using(kernel: str) -> Iterator[str]:
     with serving(kernel) as name, backends.recording() as record:
         yield name
     assert set(record) <= {("agc", name)}, record
+
+
+def without_exchange_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets torch look like one that does not describe its tensors to C++: older than 2.11, say."""
+    monkeypatch.delattr(Tensor, "__dlpack_c_exchange_api__", raising=False)
 
 
 def parameter(weight: Tensor, grad: Tensor | None) -> nn.Parameter:

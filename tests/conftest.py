@@ -22,6 +22,11 @@ prepare_interpreter()
 prepare()  # before any test imports timm
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
+# A module that tests/emulator.py has built: the tests of the ops run the CUDA kernels too, on the CPU.
+if "NFK_TEST_CUDA_EMULATOR" in os.environ:
+    from .emulator import serve_cpu_tensors
+
+    serve_cpu_tensors(Path(os.environ["NFK_TEST_CUDA_EMULATOR"]))
 
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")

@@ -237,6 +237,14 @@ def test_norms_above_the_largest_float32_do_not_overflow(backend, weight, grad, 
     assert_clips(backend, weight, grad, norm_type=norm_type)
 
 
+@pytest.mark.parametrize("norm_type", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight, grad", [(1e-22, 1e-22), (1e-22, 1e-25), (1e-18, 1.0), (0.0, 1e-30)])
+def test_norms_below_what_float32_squares_keep_their_digits(backend, weight, grad, dtype, norm_type):
+    weight, grad = weight * random_pair((2, 35))[0], grad * random_pair((2, 35))[0]
+    assert_clips(backend, weight.to(dtype), grad.to(dtype), norm_type=norm_type, eps=0.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_type", NORMS)
 def test_units_below_their_bound_keep_every_bit(backend, dtype, norm_type):

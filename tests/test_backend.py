@@ -97,14 +97,16 @@ def test_triton_serves_cpu_tensors_by_name_and_only_interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize("reason", ["triton is not installed", "triton 3.5.1 is installed and 3.6 or newer needed"])
-def test_cuda_tensors_without_a_usable_triton_are_served_by_the_reference(monkeypatch, reason):
+def test_cuda_tensors_without_a_usable_triton_and_extension_are_served_by_the_reference(monkeypatch, reason):
     monkeypatch.setattr(backend, "_triton_missing", reason)
     monkeypatch.setattr(backend, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(backend, "_cuda_obstacle", lambda: "nfnets_kernels._cuda is not built")
     backend.serving.cache_clear()
     description = backend.describe()
     backend.serving.cache_clear()
     assert description.build["Triton kernels"] == reason
     assert set(description.serving["cuda"].values()) == {"reference"}
+    assert description.build["CUDA kernels"] == "nfnets_kernels._cuda is not built"
     assert all(f"not triton: {reason}" in reasons for reasons in description.reasons["cuda"].values())
 
 

@@ -20,7 +20,16 @@ from .agc_cases import (
     random_pair,
     using,
     with_gradients,
+    without_exchange_api,
 )
+
+
+@pytest.fixture(params=[False, True], ids=["", "Python"], autouse=True)
+def snapshots_in_python(request, monkeypatch) -> None:
+    """Every step also as it is where torch is older than 2.11."""
+    if request.param:
+        without_exchange_api(monkeypatch)
+
 
 BAD_OPTIONS = [("clip_factor", -1.0), ("eps", math.nan), ("norm_type", 0.0), ("rule", "lamb"), ("backend", "tpu")]
 

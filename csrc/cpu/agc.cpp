@@ -9,9 +9,12 @@ void agc(const AgcTensor& t, const AgcConfig& config, int64_t first, int64_t las
   const int64_t n = t.units.length;
   visit(t.weight_dtype, [&](auto w) {
     visit(t.grad_dtype, [&](auto g) {
-      const auto* weight = static_cast<const decltype(w)*>(t.weight);
-      auto* grad = static_cast<decltype(g)*>(t.grad);
-      for (int64_t unit = first; unit < last; ++unit) clip_unit(Team{}, weight + unit * n, grad + unit * n, n, config);
+      using W = const decltype(w);
+      using G = decltype(g);
+      for (int64_t unit = first; unit < last; ++unit) {
+        const Run<W> weight{static_cast<W*>(t.weight) + unit * n, n};
+        clip_unit(Team{}, weight, Run<G>{static_cast<G*>(t.grad) + unit * n, n}, config);
+      }
     });
   });
 }

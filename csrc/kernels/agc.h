@@ -2,6 +2,7 @@
 #pragma once
 
 #include "number.h"
+#include "order.h"
 
 namespace nfk {
 
@@ -16,45 +17,76 @@ struct AgcConfig {
 
 namespace {
 
-// The 2- or 1-norm, summed in Acc.
-template <class Acc, class Team, class T>
-NFK_INLINE double norm_in(const Team& team, const T* x, int64_t n, Norm norm) {
-  if (norm == Norm::one) {
-    return team.template sum<Acc>(n, [x](int64_t i) { return static_cast<Acc>(std::abs(load(x[i]))); });
+// Whether a unit is clipped, and by which factor.
+template <class Acc>
+struct Decision {
+  Acc factor;
+  bool clips;
+  bool exact;  // whether Acc held everything on the way; float64 always does
+
+  NFK_INLINE Decision(Acc weight_norm, Acc grad_norm, const AgcConfig& config) {
+    const Acc bound = at_least(weight_norm, static_cast<Acc>(config.eps));
+    const Acc max_norm = static_cast<Acc>(config.clip_factor) * bound;
+    clips = !(grad_norm < max_norm);  // true for a NaN norm, which must reach the gradient
+    factor = max_norm / at_least(grad_norm, static_cast<Acc>(1e-6));
+    exact = std::is_same<Acc, double>::value || holds(weight_norm, grad_norm, bound, max_norm);
   }
-  return std::sqrt(static_cast<double>(team.template sum<Acc>(n, [x](int64_t i) {
+
+ private:
+  // Squares of values above 1.8e19 overflow float32; those of norms below 1e-16, and factors below 1.2e-38, lose digits.
+  NFK_INLINE bool holds(Acc weight_norm, Acc grad_norm, Acc bound, Acc max_norm) const {
+    const Acc least = static_cast<Acc>(1e-16);
+    if (std::isinf(weight_norm) || std::isinf(grad_norm) || !(bound > least && max_norm > least)) return false;
+    return !clips || std::isnormal(factor);
+  }
+};
+
+// The 1-, 2- or maximum norm, in Acc.
+template <class Acc, class Team, class X>
+NFK_SHARED Acc unit_norm(const Team& team, const X& x, Norm norm) {
+  const auto magnitude = [&](auto i) { return std::abs(static_cast<Acc>(load(x[i]))); };
+  if (norm == Norm::one) return team.template sum<Acc>(x.range(), magnitude);
+  if (norm == Norm::infinity) return team.template max<Acc>(x.range(), magnitude);
+  return std::sqrt(team.template sum<Acc>(x.range(), [&](auto i) {
     const Acc value = static_cast<Acc>(load(x[i]));
     return value * value;
-  })));
+  }));
 }
 
-template <class Team, class T>
-NFK_SHARED double unit_norm(const Team& team, const T* x, int64_t n, const AgcConfig& config) {
-  using Acc = typename Accumulate<T>::type;
-  if (config.norm == Norm::two || config.norm == Norm::one) {
-    const double norm = norm_in<Acc>(team, x, n, config.norm);
-    // Squares of values above 1.8e19 overflow float32; the unit is then summed again in float64, which holds them.
-    return std::isinf(norm) ? norm_in<double>(team, x, n, config.norm) : norm;
-  }
-  const auto magnitude = [x](int64_t i) { return std::abs(load(x[i])); };
-  if (config.norm == Norm::infinity) return team.template max<Acc>(n, magnitude);
-  const double p = config.p;
-  const double sum = team.template sum<double>(n, [=](int64_t i) { return std::pow(static_cast<double>(magnitude(i)), p); });
+// Any p-norm: in float32 an exponential loses digits in proportion to its argument.
+template <class Team, class X>
+NFK_SHARED double power_norm(const Team& team, const X& x, double p) {
+  const double sum = team.template sum<double>(x.range(), [&](auto i) {
+    return std::pow(std::abs(static_cast<double>(load(x[i]))), p);
+  });
   return std::pow(sum, 1.0 / p);
 }
 
-template <class Team, class W, class G>
-NFK_INLINE void clip_unit(const Team& team, const W* weight, G* grad, int64_t n, const AgcConfig& config) {
-  using Acc = typename Accumulate<G>::type;
-  const double max_norm = config.clip_factor * at_least(unit_norm(team, weight, n, config), config.eps);
-  const double grad_norm = unit_norm(team, static_cast<const G*>(grad), n, config);
-  if (grad_norm < max_norm) return;  // false for a NaN norm, which must reach the gradient
-  const double factor = max_norm / at_least(grad_norm, 1e-6);
-  const Acc rounded = static_cast<Acc>(factor);
-  if (std::isnormal(rounded)) {
-    team.each(n, [=](int64_t i) { grad[i] = store<G>(load(grad[i]) * rounded); });
-  } else {  // 0, NaN, or below 1.2e-38, where a float32 has few digits left
-    team.each(n, [=](int64_t i) { grad[i] = store<G>(load(grad[i]) * factor); });
+template <class Acc, class Team, class Grad>
+NFK_INLINE void scale_unit(const Team& team, Grad& grad, Acc factor) {
+  using G = typename Grad::value_type;
+  team.each(grad.range(), [&](auto i) { grad[i] = store<G>(load(grad[i]) * factor); });
+}
+
+// Clips by a 1-, 2- or maximum norm. Where the decision is not exact, nothing has been written.
+template <class Acc, class Team, class Weight, class Grad>
+NFK_INLINE Decision<Acc> clip_unit_in(const Team& team, const Weight& weight, Grad& grad, const AgcConfig& config) {
+  const Acc weight_norm = unit_norm<Acc>(team, weight, config.norm);
+  const Decision<Acc> decision(weight_norm, unit_norm<Acc>(team, grad, config.norm), config);
+  if (decision.exact && decision.clips) scale_unit(team, grad, decision.factor);
+  return decision;
+}
+
+// Clips by any norm, once more in float64 where float32 does not hold what is on the way.
+template <class Team, class Weight, class Grad>
+NFK_INLINE void clip_unit(const Team& team, const Weight& weight, Grad grad, const AgcConfig& config) {
+  using Acc = Wider<typename Weight::value_type, typename Grad::value_type>;
+  if (config.norm == Norm::p) {
+    const double weight_norm = power_norm(team, weight, config.p);
+    const Decision<double> decision(weight_norm, power_norm(team, grad, config.p), config);
+    if (decision.clips) scale_unit(team, grad, decision.factor);
+  } else if (!clip_unit_in<Acc>(team, weight, grad, config).exact) {
+    clip_unit_in<double>(team, weight, grad, config);
   }
 }
 

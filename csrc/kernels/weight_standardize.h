@@ -25,82 +25,69 @@ struct Inverse {
   }
 };
 
-template <class Acc, class Team, class W>
-NFK_SHARED Acc mean_of(const Team& team, const W* weight, int64_t n) {
-  return team.template sum<Acc>(n, [=](int64_t i) { return static_cast<Acc>(load(weight[i])); }) / static_cast<Acc>(n);
+template <class Acc, class Team, class X>
+NFK_SHARED Acc mean_of(const Team& team, const X& x, int64_t n) {
+  return team.template sum<Acc>(x.range(), [&](auto i) { return static_cast<Acc>(load(x[i])); }) / static_cast<Acc>(n);
 }
 
-template <class Acc, class Team, class W>
-NFK_SHARED Acc squared_deviations_of(const Team& team, const W* weight, Acc mean, int64_t n) {
-  return team.template sum<Acc>(n, [=](int64_t i) {
+template <class Acc, class Team, class Weight>
+NFK_SHARED Acc squared_deviations_of(const Team& team, const Weight& weight, Acc mean) {
+  return team.template sum<Acc>(weight.range(), [&](auto i) {
     const Acc deviation = static_cast<Acc>(load(weight[i])) - mean;
     return deviation * deviation;
   });
 }
 
-template <class Team, class W, class O, class Order>
-NFK_INLINE void standardize_unit(const Team& team, const WeightTensor& t, int64_t unit, double eps, EpsForm form, W, O,
-                                 Order order) {
-  using Acc = typename Accumulate<W>::type;
-  const int64_t n = t.units.length;
-  const W* weight = static_cast<const W*>(t.weight) + unit * n;
-  O* out = static_cast<O*>(t.out) + unit * n;
-  const Acc mean = mean_of<Acc>(team, weight, n);
-  const Inverse<Acc> inverse(squared_deviations_of(team, weight, mean, n), n, eps, form);
-  const Acc gain = t.gain ? static_cast<Acc>(load(static_cast<const W*>(t.gain)[unit])) : static_cast<Acc>(1);
-  const Acc factor = static_cast<Acc>(t.scale) * gain * inverse.r;
-  team.each(order, [=](int64_t to, int64_t from) {
+// What one unit is standardized by; scale and gain are in the accumulation type of the weight.
+template <class Acc>
+struct Standard {
+  Acc scale;
+  Acc gain;
+  double eps;
+  EpsForm form;
+  int64_t n;
+};
+
+// `order` pairs the elements of the output with those of the weight.
+template <class Acc, class Team, class Weight, class Out, class Order>
+NFK_INLINE void standardize_unit(const Team& team, const Weight& weight, Out& out, const Standard<Acc>& by, Order order) {
+  using O = typename Out::value_type;
+  const Acc mean = mean_of<Acc>(team, weight, by.n);
+  const Inverse<Acc> inverse(squared_deviations_of(team, weight, mean), by.n, by.eps, by.form);
+  const Acc factor = by.scale * by.gain * inverse.r;
+  team.each(order, [&](auto to, auto from) {
     out[to] = store<O>((static_cast<Acc>(load(weight[from])) - mean) * factor);
   });
 }
 
-template <class Team, class W, class O>
-NFK_INLINE void standardize_unit(const Team& team, const WeightTensor& t, int64_t unit, double eps, EpsForm form, W w, O o) {
-  const int64_t columns = t.columns, rows = t.units.length / columns;
-  if (t.transposed) {
-    standardize_unit(team, t, unit, eps, form, w, o, Transposed{columns, rows});
-  } else {
-    standardize_unit(team, t, unit, eps, form, w, o, Linear{t.units.length});
-  }
-}
-
-template <class Team, class W, class O, class Order>
-NFK_INLINE void standardize_unit_backward(const Team& team, const WeightTensor& t, int64_t unit, double eps, EpsForm form,
-                                          W, O, Order order) {
-  using Acc = typename Accumulate<W>::type;
-  const int64_t n = t.units.length;
-  const W* weight = static_cast<const W*>(t.weight) + unit * n;
-  const O* grad_out = static_cast<const O*>(t.grad_out) + unit * n;
-  W* grad_weight = static_cast<W*>(t.grad_weight) + unit * n;
-
-  const Acc mean = mean_of<Acc>(team, weight, n);
-  const Acc grad_mean = mean_of<Acc>(team, grad_out, n);
-  const Inverse<Acc> inverse(squared_deviations_of(team, weight, mean, n), n, eps, form);
-  const Acc projection = team.template sum<Acc>(order, [=](int64_t i, int64_t j) {
+// `order` pairs the elements of the weight and of its gradient with those of the output's. Returns the gradient of the gain.
+template <class Acc, class Team, class Weight, class GradOut, class GradWeight, class Order>
+NFK_INLINE Acc standardize_unit_backward(const Team& team, const Weight& weight, const GradOut& grad_out,
+                                         GradWeight& grad_weight, const Standard<Acc>& by, Order order) {
+  using W = typename GradWeight::value_type;
+  const Acc mean = mean_of<Acc>(team, weight, by.n);
+  const Acc grad_mean = mean_of<Acc>(team, grad_out, by.n);
+  const Inverse<Acc> inverse(squared_deviations_of(team, weight, mean), by.n, by.eps, by.form);
+  const Acc projection = team.template sum<Acc>(order, [&](auto i, auto j) {
     return static_cast<Acc>(load(grad_out[j])) * (static_cast<Acc>(load(weight[i])) - mean);
   });
 
-  const Acc scale = static_cast<Acc>(t.scale);
-  const Acc gain = t.gain ? static_cast<Acc>(load(static_cast<const W*>(t.gain)[unit])) : static_cast<Acc>(1);
-  if (t.grad_gain) static_cast<W*>(t.grad_gain)[unit] = store<W>(scale * inverse.r * projection);
-  const Acc factor = scale * gain * inverse.r;
+  const Acc factor = by.scale * by.gain * inverse.r;
   // d r / d w_i = -r^3 (w_i - mean)
   const Acc shrink = inverse.depends_on_weight ? inverse.r * inverse.r * projection : static_cast<Acc>(0);
-  team.each(order, [=](int64_t i, int64_t j) {
+  team.each(order, [&](auto i, auto j) {
     const Acc deviation = static_cast<Acc>(load(weight[i])) - mean;
     grad_weight[i] = store<W>(factor * (static_cast<Acc>(load(grad_out[j])) - grad_mean - deviation * shrink));
   });
+  return by.scale * inverse.r * projection;
 }
 
-template <class Team, class W, class O>
-NFK_INLINE void standardize_unit_backward(const Team& team, const WeightTensor& t, int64_t unit, double eps, EpsForm form,
-                                          W w, O o) {
-  const int64_t columns = t.columns, rows = t.units.length / columns;
-  if (t.transposed) {
-    standardize_unit_backward(team, t, unit, eps, form, w, o, Transposed{rows, columns});
-  } else {
-    standardize_unit_backward(team, t, unit, eps, form, w, o, Linear{t.units.length});
-  }
+// The tensors' sides of unit `unit` of a table's row.
+template <class W, class T>
+NFK_INLINE Standard<typename Accumulate<W>::type> standard_of(const T& t, int64_t unit, int64_t n, double eps, EpsForm form) {
+  using Acc = typename Accumulate<W>::type;
+  const Acc gain = t.gain ? static_cast<Acc>(load(static_cast<const W*>(t.gain)[unit])) : static_cast<Acc>(1);
+  return {static_cast<Acc>(t.scale), gain, eps, form, n};
 }
 
 }  // namespace

@@ -1,15 +1,17 @@
 """`agc_`: adaptive gradient clipping of a list of gradients, in place and in one pass."""
 
+import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
 from ..reference import agc as reference
-from .library import check_choice, check_float, define, is_unit_dense, unit_dense
+from .library import check_choice, check_float, define, is_unit_dense, queue, unit_dense
 
 RULES = ("timm", "deepmind")
 
@@ -86,77 +88,54 @@ def _reference(weights, grads, clip_factor, eps, norm_type, rule):
         reference.agc_(weight, grad, clip_factor, eps, norm_type, rule)
 
 
-def _layout(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
 class Table:
-    """The weights' half of a kernel's unit table (csrc/units.h): the half that stays from step to step."""
+    """A kernel's unit table (csrc/units.h) but for the gradients' addresses: what stays from step to step."""
 
-    def __init__(self, weights: Sequence[Tensor], rule: str, backend: str) -> None:
+    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor], rule: str, backend: str) -> None:
         self.rule = rule
         self.backend = backend
         self.device = weights[0].device
-        self.weights = list(weights)
-        self.shapes = [weight.shape for weight in weights]
         self.dense = list(map(unit_dense, weights))
-        self.layouts = list(map(_layout, self.weights))
         self.pointers = [weight.data_ptr() for weight in self.dense]
-        self.counts = [1 if reference.is_one_unit(shape, rule) else shape[0] for shape in self.shapes]
+        self.counts = [1 if reference.is_one_unit(weight.shape, rule) else weight.shape[0] for weight in weights]
         self.lengths = [weight.numel() // count for weight, count in zip(weights, self.counts, strict=True)]
         self.dtypes = [weight.dtype for weight in weights]
-        self.codes = [backends.DTYPE_CODES[dtype] for dtype in self.dtypes]
+        self.grad_dtypes = [grad.dtype for grad in grads]
 
-    def fits(self, weights: Sequence[Tensor], grads: Sequence[Tensor], rule: str, backend: str) -> bool:
-        """Whether it still describes these weights, and the kernel takes these gradients as they lie.
+    @functools.cached_property
+    def extension(self) -> Any:
+        """The table as the compiled extensions have it."""
+        assert backends.extension is not None
+        codes = [[backends.DTYPE_CODES[dtype] for dtype in dtypes] for dtypes in (self.dtypes, self.grad_dtypes)]
+        return backends.extension.AgcTable(self.pointers, self.counts, self.lengths, *codes)
 
-        A weight that was given other data may lie at the same address: a view of the old, or memory that was freed and
-        given out again.
-        """
-        return (
-            rule == self.rule
-            and backends.serving("agc", self.device.type, backend) == self.backend
-            and len(weights) == len(self.weights)
-            and all(map(operator.is_, weights, self.weights))
-            and list(map(_layout, weights)) == self.layouts
-            and all(
-                type(grad) is Tensor and grad.layout is torch.strided and grad.shape == shape and is_unit_dense(grad)
-                for grad, shape in zip(grads, self.shapes, strict=True)
-            )
-        )
-
-    def clip_(self, grads: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
-        """Clips dense gradients of these weights."""
-        _CLIP[self.backend](self, grads, clip_factor, eps, norm_type)
+    def clip_(self, addresses: Iterable[int], clip_factor: float, eps: float, norm_type: float) -> None:
+        """Clips the dense gradients at these addresses: a list, or the extension's own."""
+        _CLIP[self.backend](self, addresses, clip_factor, eps, norm_type)
 
 
-def _clip_on_cpu(table: Table, grads: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+def _clip_on_cpu(table: Table, addresses: Iterable[int], clip_factor: float, eps: float, norm_type: float) -> None:
     assert backends.extension is not None
-    backends.extension.agc(
-        table.pointers,
-        [grad.data_ptr() for grad in grads],
-        table.counts,
-        table.lengths,
-        table.codes,
-        [backends.DTYPE_CODES[grad.dtype] for grad in grads],
-        clip_factor,
-        eps,
-        _NORM_CODES.get(norm_type, 3),
-        norm_type,
-        torch.get_num_threads(),
-    )
+    code = _NORM_CODES.get(norm_type, 3)
+    backends.extension.agc(table.extension, addresses, clip_factor, eps, code, norm_type, torch.get_num_threads())
 
 
-def _clip_with_triton(table: Table, grads: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+def _clip_with_cuda(table: Table, addresses: Iterable[int], clip_factor: float, eps: float, norm_type: float) -> None:
+    assert backends.cuda_extension is not None
+    code = _NORM_CODES.get(norm_type, 3)
+    backends.cuda_extension.agc(table.extension, addresses, clip_factor, eps, code, norm_type, *queue(table.device))
+
+
+def _clip_with_triton(table: Table, addresses: Iterable[int], clip_factor: float, eps: float, norm_type: float) -> None:
     from ..triton_kernels import agc
 
     agc.agc(
         table.pointers,
-        [grad.data_ptr() for grad in grads],
+        list(addresses),
         table.counts,
         table.lengths,
         table.dtypes,
-        [grad.dtype for grad in grads],
+        table.grad_dtypes,
         table.device,
         clip_factor,
         eps,
@@ -164,14 +143,15 @@ def _clip_with_triton(table: Table, grads: Sequence[Tensor], clip_factor: float,
     )
 
 
-_CLIP = {"cpu": _clip_on_cpu, "triton": _clip_with_triton}
+_CLIP = {"cpu": _clip_on_cpu, "cuda": _clip_with_cuda, "triton": _clip_with_triton}
 
 
 def _register(backend: str) -> None:
     @backends.register("agc", backend)
     def clip(weights, grads, clip_factor, eps, norm_type, rule):
         dense = list(map(unit_dense, grads))
-        Table(weights, rule, backend).clip_(dense, clip_factor, eps, norm_type)
+        addresses = [grad.data_ptr() for grad in dense]
+        Table(weights, grads, rule, backend).clip_(addresses, clip_factor, eps, norm_type)
         for grad, clipped in zip(grads, dense, strict=True):
             if grad is not clipped:
                 grad.copy_(clipped)
@@ -181,23 +161,98 @@ for _name in _CLIP:
     _register(_name)
 
 
-def table_for(weights: Sequence[Tensor], rule: str, backend: str) -> Table | None:
-    """A table for reuse, where one kernel serves all of these weights and takes them as they lie."""
-    if not weights:
+def _layout(tensor: Tensor | None) -> Any:
+    """What a snapshot holds of a tensor, but for its address; sparse ones are not compared, they never fit."""
+    if tensor is None or tensor.layout is not torch.strided:
+        return tensor if tensor is None else tensor.layout
+    return type(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+class Snapshot:
+    """How plain parameters and their gradients lie; csrc/python/snapshot.h is the same, in a tenth of the time."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._grad_layouts = [_layout(parameter.grad) for parameter in parameters]
+        self._state = self._state_of_those_with_gradient()
+
+    def _state_of_those_with_gradient(self) -> list[Any]:
+        """The others may be anything: nothing is done to them."""
+        pairs = zip(self._parameters, self._grad_layouts, strict=True)
+        return [(_layout(parameter), parameter.data_ptr()) for parameter, grad in pairs if grad is not None]
+
+    def gradients(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], Iterable[int]] | None:
+        """The gradients that are not None, and their addresses.
+
+        None where these are other parameters, a parameter's memory or layout changed, or a gradient's layout did.
+        Memory alone says little: a parameter that was given other data may lie where it lay, in a view of the old, or
+        in memory that was freed and given out again.
+        """
+        if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
+            return None
+        grads = [parameter.grad for parameter in parameters]
+        if list(map(_layout, grads)) != self._grad_layouts or self._state_of_those_with_gradient() != self._state:
+            return None
+        there = [grad for grad in grads if grad is not None]
+        return there, [grad.data_ptr() for grad in there]
+
+
+def snapshot_of(parameters: list[Tensor]) -> Any:
+    """The compiled Snapshot where torch (2.11 and newer) describes its tensors to it, else the one above."""
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    compiled = backends.extension.Snapshot.take(parameters, api) if backends.extension and api else None
+    return compiled or Snapshot(parameters)
+
+
+class Repeat(NamedTuple):
+    """What one step leaves for the next ones: a table, and how everything lay when it was right."""
+
+    table: Table
+    snapshot: Any
+
+    def clip_(
+        self, parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float, rule: str, backend: str
+    ) -> bool:
+        """`agc_` without dispatcher and checks; False, with nothing done, where something has changed."""
+        table = self.table
+        if rule != table.rule or backends.serving("agc", table.device.type, backend) != table.backend:
+            return False
+        found = self.snapshot.gradients(parameters)
+        if found is None:
+            return False
+        grads, addresses = found
+        backends.record("agc", table.backend)
+        table.clip_(addresses, clip_factor, eps, norm_type)
+        torch.autograd.graph.increment_version(grads)
+        return True
+
+
+def _is_plain(weight: Tensor, grad: Tensor, device: torch.device) -> bool:
+    """Whether a kernel takes both as they lie."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and type(grad) is Tensor
+        and weight.layout is grad.layout is torch.strided
+        and weight.device == grad.device == device
+        and {weight.dtype, grad.dtype} <= backends.DTYPE_CODES.keys()
+        and weight.shape == grad.shape
+        and weight.numel() > 0
+        and is_unit_dense(weight)
+        and is_unit_dense(grad)
+    )
+
+
+def repeat_for(parameters: list[Tensor], rule: str, backend: str) -> Repeat | None:
+    """What serves the next steps of these parameters, where one kernel takes all of them as they lie."""
+    pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if not pairs:
         return None
-    device = weights[0].device
-    plain = all(type(w) in (Tensor, nn.Parameter) and w.device == device and w.numel() > 0 for w in weights)
+    device = pairs[0][0].device
     serving = backends.serving("agc", device.type, backend)
-    if not plain or not all(map(is_unit_dense, weights)) or serving not in _CLIP:
+    if serving not in _CLIP or not all(_is_plain(weight, grad, device) for weight, grad in pairs):
         return None
-    return Table(weights, rule, serving)
-
-
-def clip_table_(table: Table, grads: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
-    """`agc_` of gradients that fit the table, without dispatcher and checks."""
-    backends.record("agc", table.backend)
-    table.clip_(grads, clip_factor, eps, norm_type)
-    torch.autograd.graph.increment_version(grads)
+    weights, grads = zip(*pairs, strict=True)
+    return Repeat(Table(weights, grads, rule, serving), snapshot_of(parameters))
 
 
 agc_ = define(

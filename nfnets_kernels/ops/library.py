@@ -84,3 +84,10 @@ def unit_dense(tensor: Tensor) -> Tensor:
 def is_unit_dense(tensor: Tensor) -> bool:
     """Whether each index of dim 0 is one dense run of memory and the runs lie one behind the other."""
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=channels_last_format(tensor))
+
+
+def queue(device: torch.device) -> tuple[int, int]:
+    """A tensor's device as the CUDA extension wants it: index, and address of its current stream."""
+    if device.type == "cpu":  # CUDA kernels meet CPU tensors in the tests' emulator
+        return 0, 0
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .library import (
     define,
     dense_like,
     is_channels_last,
+    queue,
     register_autograd,
     unit_dense,
 )
@@ -171,19 +172,23 @@ def _rows(weights, gains, scales, outs, grads) -> list[_Row]:
 
 @backends.register("weight_standardize", "cpu")
 def _cpu(weights, gains, scales, eps, eps_form, outs=None, grads=None):
-    assert backends.extension is not None
     rows = _rows(weights, gains, scales, outs, grads)
-    backends.extension.weight_standardize(
-        [_cpu_row(row) for row in rows],
-        [row.scale for row in rows],
-        eps,
-        EPS_FORMS.index(eps_form),
-        grads is not None,
-        torch.get_num_threads(),
-    )
+    _run(backends.extension, rows, eps, eps_form, grads is not None, torch.get_num_threads())
 
 
-def _cpu_row(row: _Row) -> list[int]:
+@backends.register("weight_standardize", "cuda")
+def _cuda(weights, gains, scales, eps, eps_form, outs=None, grads=None):
+    rows = _rows(weights, gains, scales, outs, grads)
+    _run(backends.cuda_extension, rows, eps, eps_form, grads is not None, *queue(weights[0].device))
+
+
+def _run(extension: Any, rows: list[_Row], eps: float, eps_form: str, backward: bool, *where: int) -> None:
+    """Runs an extension's kernel on threads, or on a device and a stream."""
+    tables = [_table_row(row) for row in rows]
+    extension.weight_standardize(tables, [row.scale for row in rows], eps, EPS_FORMS.index(eps_form), backward, *where)
+
+
+def _table_row(row: _Row) -> list[int]:
     """The row of csrc/bindings.cpp."""
     out, grad_out = (row.other, None) if row.grad_weight is None else (None, row.other)
     return [

@@ -51,7 +51,7 @@ class AGC:
         self.rule = rule
         self.backend = backend
         self.parameters = _included(module_or_params, exclude)
-        self._table: ops.agc.Table | None = None
+        self._repeat: ops.agc.Repeat | None = None
 
     def clip_(self) -> None:
         """Clips the gradients that are there now, in place and in one pass.
@@ -60,22 +60,21 @@ class AGC:
         are as plain, the next ones reuse what it collected.
         """
         if torch.compiler.is_compiling():
-            self._clip_checked(self.parameters)
+            self._clip_checked()
             return
-        weights = [parameter for parameter in self.parameters if parameter.grad is not None]
-        grads: list[Any] = [parameter.grad for parameter in weights]
-        ops.agc.check_options(self.clip_factor, self.eps, self.norm_type, self.rule, self.backend)
-        if self._table is None or not self._table.fits(weights, grads, self.rule, self.backend):
-            self._clip_checked(weights)
-            self._table = ops.agc.table_for(weights, self.rule, self.backend)
-            return
-        ops.agc.clip_table_(self._table, grads, self.clip_factor, self.eps, self.norm_type)
+        options = (self.clip_factor, self.eps, self.norm_type, self.rule, self.backend)
+        ops.agc.check_options(*options)
+        if self._repeat is None or not self._repeat.clip_(self.parameters, *options):
+            self._clip_checked()
+            self._repeat = ops.agc.repeat_for(self.parameters, self.rule, self.backend)
 
-    def _clip_checked(self, weights: Sequence[Tensor]) -> None:
-        functional.agc_(weights, self.clip_factor, self.eps, self.norm_type, rule=self.rule, backend=self.backend)
+    def _clip_checked(self) -> None:
+        functional.agc_(
+            self.parameters, self.clip_factor, self.eps, self.norm_type, rule=self.rule, backend=self.backend
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_repeat": None}
 
     def __repr__(self) -> str:
         return (

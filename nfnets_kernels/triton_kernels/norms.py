@@ -58,11 +58,13 @@ def norm(block, tail, NORM: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def decide(weight_norm, grad_norm, clip_factor, eps, ACC: tl.constexpr):
     """Whether a unit is clipped, by which factor, and whether ACC held everything on the way."""
-    max_norm = scalar(clip_factor, ACC) * at_least(weight_norm, scalar(eps, ACC))
+    bound = at_least(weight_norm, scalar(eps, ACC))
+    max_norm = scalar(clip_factor, ACC) * bound
     clipped = (grad_norm < max_norm) == 0  # true for a NaN norm, which must reach the gradient
     factor = quotient(max_norm, at_least(grad_norm, scalar(1e-6, ACC)), ACC)
     infinite = (weight_norm == float("inf")) | (grad_norm == float("inf"))
-    small = clipped & ((max_norm < 1.1754944e-38) | (factor < 1.1754944e-38))
+    # squares of norms below 1e-16, and factors below 1.2e-38, lose digits
+    small = (bound <= 1e-16) | (max_norm <= 1e-16) | (clipped & (factor < 1.1754944e-38))
     return clipped, factor, (infinite | small) == 0 if ACC == tl.float32 else clipped == clipped
 
 
