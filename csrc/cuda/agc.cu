@@ -94,6 +94,9 @@ __device__ void clip_unit_of(const Team& team, const Row& row, int64_t unit, boo
   clip_unit(team, Global<const W>{weight, row.length}, Global<G>{grad, row.length}, config);
 }
 
+// At most 96 registers a thread, so that 5 blocks, 20 warps, share a multiprocessor. A block has all loads of its units
+// under way at once: 36 KB where they fill it, 8 KB where its four warps have 256 float32 each, so 180 and 40 KB per
+// multiprocessor; 4.8 TB/s times 0.7 us of latency, over an H200's 132, are 25 KB.
 template <class W, class G>
 __global__ void __launch_bounds__(kBlock, 5) clip(const AgcTable __grid_constant__ table) {
   const Place place = table.find(blockIdx.x);

@@ -175,6 +175,10 @@ struct Backward {
   }
 };
 
+// At most 128 registers a thread and 26 KB of shared memory a block, so that 4 blocks, 16 warps, share a multiprocessor
+// (float32 to bfloat16 takes 78 registers forward, for 6 blocks). Where float32 units fill their block, 18 KB of it are
+// under way forward and 27 KB with a bfloat16 gradient backward: 72 and 108 KB per multiprocessor, where 25 KB hide an
+// H200's latency.
 template <class Pass, class W, class O>
 __global__ void __launch_bounds__(kBlock, 4) standardize(const WeightTable __grid_constant__ table) {
   using D = DealOf<W, O>;
