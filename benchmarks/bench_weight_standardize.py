@@ -1,7 +1,8 @@
-"""Weight standardization of all convolutions of NF-ResNet-50, forward and backward."""
+"""Weight standardization of all convolutions of NF-ResNet-50, on a GPU of NFNet-F0 too, forward and backward."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -9,9 +10,10 @@ import torch
 import nfnets_kernels as nfk
 from benchmarks import peers
 from benchmarks.directions import BACKWARD, BOTH, DIRECTIONS, FORWARD, check_against, timed
-from benchmarks.harness import Comparison, Contestant, Session
+from benchmarks.harness import Comparison, Contestant, Session, passed_over
 
 BENCH = "weight_standardize"
+MODELS = {"NF-ResNet-50": "nf_resnet50", "NFNet-F0": "dm_nfnet_f0"}
 FORMATS = {
     "float32": (torch.float32, torch.contiguous_format),
     "float32 channels_last": (torch.float32, torch.channels_last),
@@ -37,20 +39,21 @@ class Convolutions:
 
 def run(session: Session) -> None:
     """Every output format in every direction."""
-    directions = DIRECTIONS if session.settings.on_gpu else (FORWARD, BOTH)
-    for name, direction in session.track(list(product(FORMATS, directions)), BENCH):
-        session.compare(comparison(session, name, direction))
+    on_gpu = session.settings.on_gpu
+    titles, directions = (list(MODELS), DIRECTIONS) if on_gpu else (["NF-ResNet-50"], (FORWARD, BOTH))
+    for title, name, direction in session.track(list(product(titles, FORMATS, directions)), BENCH):
+        session.compare(comparison(session, title, name, direction))
 
 
-def comparison(session: Session, name: str, direction: str) -> Comparison:
-    """All ways to standardize the weights into one output format."""
+def comparison(session: Session, title: str, name: str, direction: str) -> Comparison:
+    """All ways to standardize a model's weights into one output format."""
     torch.manual_seed(session.settings.seed)
     dtype, memory_format = FORMATS[name]
-    convs = make_convolutions(session.settings.device, memory_format)
+    convs = make_convolutions(MODELS[title], session.settings.device, memory_format)
 
-    def together() -> Sequence[torch.Tensor]:
+    def together(backend: str = "auto") -> Sequence[torch.Tensor]:
         return nfk.functional.weight_standardize_many(
-            convs.weights, convs.gains, scales=convs.scales, eps=convs.eps, eps_form="add", dtype=dtype
+            convs.weights, convs.gains, scales=convs.scales, eps=convs.eps, eps_form="add", dtype=dtype, backend=backend
         )
 
     def one_by_one() -> Sequence[torch.Tensor]:
@@ -77,6 +80,16 @@ def comparison(session: Session, name: str, direction: str) -> Comparison:
     ops = [BENCH]
     contestants = [
         Contestant("weight_standardize_many", directed(together), "ours", ops),
+        *(
+            Contestant(
+                f"weight_standardize_many, {backend}",
+                directed(partial(together, backend)),
+                "ours",
+                ops,
+                backend=backend,
+            )
+            for backend in passed_over(BENCH, session.settings)
+        ),
         Contestant("weight_standardize, one by one", directed(one_by_one), "ours", ops),
         Contestant("timm weight path", directed(timm_path)),
     ]
@@ -85,17 +98,18 @@ def comparison(session: Session, name: str, direction: str) -> Comparison:
         contestants.append(Contestant("torch.compile of timm", directed(compiled), optional=True))
     return Comparison(
         bench=BENCH,
-        case=f"{name}, {direction}",
+        case=f"{title}, {name}, {direction}",
         contestants=contestants,
         check=check_against(directed(timm_path)(), tolerance),
         traffic=traffic(convs, dtype, direction),
     )
 
 
-def make_convolutions(device: str, memory_format: torch.memory_format) -> Convolutions:
-    """Random weights in the shapes of the 53 convolutions."""
+def make_convolutions(model: str, device: str, memory_format: torch.memory_format) -> Convolutions:
+    """Random weights in the shapes of a model's convolutions."""
     with torch.device("meta"):
-        modules = [m for m in peers.create_model("nf_resnet50").modules() if isinstance(m, peers.ScaledStdConv2d)]
+        convs = peers.create_model(model).modules()
+        modules = [m for m in convs if isinstance(m, (peers.ScaledStdConv2d, peers.ScaledStdConv2dSame))]
     weights = [torch.randn(m.weight.shape, device=device).contiguous(memory_format=memory_format) for m in modules]
     gains = [torch.rand(m.gain.shape, device=device).add_(0.5) for m in modules]
     return Convolutions(

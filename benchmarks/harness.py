@@ -64,8 +64,9 @@ class Settings:
 class Contestant:
     """One way to do the work.
 
-    ``ops`` are the package's ops that it must run; a peer must run none. An ``optional`` contestant that cannot run
-    here is left out with the reason, such as torch.compile without a C++ compiler.
+    ``ops`` are the package's ops that it must run, on the backend that ``backend`` asks for; a peer must run none. An
+    ``optional`` contestant that cannot run here is left out with the reason, such as torch.compile without a C++
+    compiler.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Contestant:
     role: Role = "peer"
     ops: Sequence[str] = ()
     optional: bool = False
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Comparison:
     ``setup`` runs untimed before every call of every contestant. ``check(name, value)`` gets what a contestant
     returned and raises ``BenchmarkError`` when it is wrong. ``traffic`` counts the unavoidable bytes by kind of access:
     "read", "copy" (read from one place and write to another) and "update" (read and write in place). On a GPU the
-    contestants' work is replayed from CUDA graphs, where ``graphed`` and possible, and called otherwise.
+    contestants' work is replayed from CUDA graphs, where ``graphed`` and possible, and called otherwise; or, if
+    ``on_host``, what is timed is not the work but the call, until it returns.
     """
 
     bench: str
@@ -92,6 +95,7 @@ class Comparison:
     setup: Callable[[], None] = lambda: None
     traffic: Mapping[str, int] = field(default_factory=dict)
     graphed: bool = True
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,20 +130,36 @@ def assert_all_close(
         assert_close(f"{what}[{index}]", one, other, tolerance)
 
 
-def served_by(name: str, role: Role, ops: Iterable[str], executed: Iterable[tuple[str, str]], device: str) -> str:
+def served_by(
+    name: str,
+    role: Role,
+    ops: Iterable[str],
+    executed: Iterable[tuple[str, str]],
+    device: str,
+    backend: str = "auto",
+) -> str:
     """The backends that served a contestant, after asserting that it ran what it should, where the package promised."""
     ran: dict[str, set[str]] = {}
-    for op, backend in executed:
-        ran.setdefault(op, set()).add(backend)
+    for op, served in executed:
+        ran.setdefault(op, set()).add(served)
     if missing := set(ops) - set(ran):
         raise BenchmarkError(f"{name}: did not run {sorted(missing)}")
     if ran and role != "ours":
         raise BenchmarkError(f"{name}: ran {sorted(ran)} of nfnets_kernels, so it is no peer")
     for op, backends in ran.items():
-        promised = nfk.backend.serving(op, torch.device(device).type)
+        promised = nfk.backend.serving(op, torch.device(device).type, backend)
         if backends != {promised}:
             raise BenchmarkError(f"{name}: {op} ran on {sorted(backends)} instead of {promised}")
     return "+".join(sorted(set().union(*ran.values())))
+
+
+def passed_over(op: str, settings: Settings) -> list[str]:
+    """The backends with GPU kernels for an op that "auto" does not choose on the GPU, fastest first."""
+    if not settings.on_gpu:
+        return []
+    device = torch.device(settings.device).type
+    usable = [name for name in ("cuda", "triton") if nfk.backend.unavailable(op, name, device) is None]
+    return [name for name in usable if name != nfk.backend.serving(op, device)]
 
 
 def interleave(
@@ -243,21 +263,21 @@ class Session:
         return entrants
 
     def _run_checked(self, comparison: Comparison, contestant: Contestant) -> Entrant:
-        name, role, ops = contestant.name, contestant.role, contestant.ops
+        name, role = contestant.name, contestant.role
         comparison.setup()
         with nfk.backend.recording() as executed:
             value = contestant.run()
-        backend = served_by(name, role, ops, executed, self.settings.device)
+        backend = served_by(name, role, contestant.ops, executed, self.settings.device, contestant.backend)
         if role != "ceiling":
             comparison.check(name, value)
-        return Entrant(contestant, backend, contestant.run)
+        return Entrant(contestant, backend, contestant.run, "host" if comparison.on_host else "calls")
 
     def _prepare_for_gpu(self, comparison: Comparison, entrant: Entrant) -> Entrant:
         """Measure the memory of a call, and capture it in a CUDA graph whose replay is as right."""
         contestant = entrant.contestant
         comparison.setup()
         entrant = replace(entrant, peak_bytes=peak_memory(entrant.run))
-        if not comparison.graphed:
+        if comparison.on_host or not comparison.graphed:
             return entrant
         try:
             run = captured(entrant.run)
@@ -279,15 +299,16 @@ class Session:
     ) -> tuple[list[list[float]], list[list[float]] | None]:
         """Samples of every entrant and, on a GPU, of what its calls take on the host."""
         runs = [entrant.run for entrant in entrants]
-        warm_up = interleave(runs, 2, self.clock, comparison.setup)
+        clock = host_clock if comparison.on_host and self.settings.on_gpu else self.clock
+        warm_up = interleave(runs, 2, clock, comparison.setup)
         fewest, most = self.settings.round_limits
         affordable = int(self.settings.seconds / sum(times[-1] for times in warm_up))
         rounds = self.settings.rounds or min(max(affordable, fewest), most)
         task = self.progress.add_task(f"  {comparison.case}", total=rounds)
         with self._watch_other_processes(comparison):
-            samples = interleave(runs, rounds, self.clock, comparison.setup, lambda: self.progress.advance(task))
+            samples = interleave(runs, rounds, clock, comparison.setup, lambda: self.progress.advance(task))
         self.progress.remove_task(task)
-        if not self.settings.on_gpu:
+        if comparison.on_host or not self.settings.on_gpu:
             return samples, None
         calls = [entrant.contestant.run for entrant in entrants]
         return samples, interleave(calls, max(fewest, rounds // 5), host_clock, comparison.setup)

@@ -11,12 +11,13 @@ from benchmarks import torchvision_compat
 torchvision_compat.prepare()
 
 from timm import create_model  # noqa: E402  (only importable after prepare)
-from timm.layers import ScaledStdConv2d  # noqa: E402
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame  # noqa: E402
 from timm.utils.agc import adaptive_clip_grad  # noqa: E402
 from torchvision.models import resnet50  # noqa: E402
 
 __all__ = [
     "ScaledStdConv2d",
+    "ScaledStdConv2dSame",
     "adaptive_clip_grad",
     "compiled",
     "create_model",

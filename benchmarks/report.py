@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import REPOSITORY
-from benchmarks.goals import goal_for, goal_rows
+from benchmarks.goals import Goal, goal_for, goal_rows
 from benchmarks.plots import save_plots
 from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing, Training
 
@@ -19,7 +19,7 @@ START, END = "<!-- benchmark-table:start -->", "<!-- benchmark-table:end -->"
 COLUMNS = {
     "timings": ["Case", "Contestant", "Backend", "Median ms", "20 to 80 %", "Time / ours", "Bandwidth"],
     "on a GPU": ["Timed", "Host ms", "Peak MB", "Goal"],
-    "goals": ["GPU", "Work", "Goal", "Reached"],
+    "goals": ["Machine", "Work", "Goal", "Reached"],
     "trainings": ["Network", "Seed", "Backend", "Test accuracy, %", "Best epoch, %", "Time, s"],
 }
 
@@ -64,7 +64,7 @@ def summary(results: Results) -> str:
     for bench, title in BENCHES.items():
         columns, rows = table(results, bench)
         parts.append(f"## {title}\n\n{markdown(columns, rows) if rows else NOT_MEASURED}")
-    if results.environment.gpu:
+    if results.timings:
         parts.append(f"## Goals\n\n{markdown(COLUMNS['goals'], goal_rows([results]))}")
     if results.incidents:
         missing = [f"- {one.bench}, {one.case}: {one.kind}: {one.reason}" for one in results.incidents]
@@ -82,7 +82,8 @@ def table(results: Results, bench: str) -> tuple[list[str], list[list[str]]]:
         for index, timing in enumerate(timings):
             # The name of a case stands once, at the first of its contestants.
             row = timing_row(timing, timing.case if index == 0 else "")
-            rows.append(row + gpu_cells(timing, is_first=index == 0) if on_gpu else row)
+            goal = goal_for(results, bench, timing.case) if index == 0 else None
+            rows.append(row + gpu_cells(timing, goal) if on_gpu else row)
     return COLUMNS["timings"] + (COLUMNS["on a GPU"] if on_gpu else []), rows
 
 
@@ -99,9 +100,8 @@ def timing_row(timing: Timing, case: str) -> list[str]:
     ]
 
 
-def gpu_cells(timing: Timing, is_first: bool) -> list[str]:
-    """What is measured on a GPU only; the goal is that of the first contestant."""
-    goal = goal_for(timing.bench, timing.case) if is_first else None
+def gpu_cells(timing: Timing, goal: Goal | None) -> list[str]:
+    """What is measured on a GPU only, and whether the goal is met."""
     return [
         timing.method,
         "-" if timing.host_ms is None else milliseconds(timing.host_ms),
@@ -157,15 +157,15 @@ def readme_section(all_results: Iterable[Results]) -> str:
 
 def readme_rows(results: Results, bench: str, title: str) -> list[list[str]]:
     """The rows of one bench in the README, below its title."""
-    on_gpu = results.environment.gpu is not None
-    rows = [readme_row(case, timings, on_gpu) for case, timings in results.cases(bench).items()]
+    cases = results.cases(bench).items()
+    rows = [readme_row(case, timings, goal_for(results, bench, case)) for case, timings in cases]
     if bench == "convergence" and results.trainings:
         rows = [readme_training_row(results.trainings)]
     return [[f"**{title}**", "", "", ""], *rows] if rows else [[f"**{title}**", *[NOT_MEASURED] * 3]]
 
 
-def readme_row(case: str, timings: list[Timing], on_gpu: bool) -> list[str]:
-    """Our first contestant against all that are not ours, and on a GPU against its goal."""
+def readme_row(case: str, timings: list[Timing], goal: Goal | None) -> list[str]:
+    """Our first contestant against all that are not ours, and against its goal."""
     ours, *others = timings
     against = "; ".join(
         f"{timing.contestant} {milliseconds(timing.median_ms)} ms ({timing.relative_time:.2f}x)"
@@ -173,7 +173,6 @@ def readme_row(case: str, timings: list[Timing], on_gpu: bool) -> list[str]:
         if timing.role != "ours"
     )
     fraction = "-" if ours.bandwidth_fraction is None else f"{ours.bandwidth_fraction:.0%}"
-    goal = goal_for(ours.bench, case) if on_gpu else None
     reached = f"{fraction}; {goal.verdict(ours)}" if goal else fraction
     return [case, f"{milliseconds(ours.median_ms)} ms", against, reached]
 
@@ -228,7 +227,7 @@ def main() -> None:
     for folder, results in zip(folders, all_results, strict=True):
         print_report(results, make_console())
         write_report(results, folder)
-    make_console().print(rich_table("Goals on a GPU", COLUMNS["goals"], goal_rows(all_results)))
+    make_console().print(rich_table("Goals", COLUMNS["goals"], goal_rows(all_results)))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ BENCHES = {
     "weight_standardize": "Weight standardization",
     "scaled_activation": "Scaled activations",
     "residual": "Residual epilogue",
+    "host": "Host time of one call",
     "step": "Training step and inference",
     "convergence": "Training on handwritten digits",
 }
 
 Role = Literal["ours", "peer", "ceiling"]
-Method = Literal["calls", "graph"]
+Method = Literal["calls", "graph", "host"]
 NOT_MEASURED = "not measured yet"
 
 
@@ -30,8 +31,9 @@ class Timing:
     share of the measured memory bandwidth that it reached, counting only the bytes the work cannot do without; it can
     exceed 1 where data is still in a cache. ``traffic_bytes`` is their number.
 
-    On a GPU the times are those of the device, for plain calls or for replays of a CUDA graph (``method``); ``host_ms``
-    is what a plain call takes until it returns, ``peak_bytes`` the memory that it needs.
+    On a GPU the times are those of the device, for plain calls or for replays of a CUDA graph, or those of the host
+    until a plain call returns (``method``); ``host_ms`` is the latter beside the former, ``peak_bytes`` the memory that
+    a call needs.
     """
 
     bench: str

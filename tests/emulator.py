@@ -1,28 +1,29 @@
 """The CUDA sources, built for the CPU with the stand-in of tests/cuda_emulator, and how to get at what it counts."""
 
+import contextlib
 import ctypes
 import hashlib
-import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
 import subprocess
-import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from unittest import mock
 
 import pybind11
+
+from nfnets_kernels import backend
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = ROOT / "tests" / "cuda_emulator"
 CSRC = ROOT / "csrc"
-MODULE = "nfnets_kernels._cuda"
+# pybind11 gives out modules of one name once; the one for GPUs is nfnets_kernels._cuda.
+MODULE = "emulator._cuda"
 
 FLAGS = [
     *["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"],
@@ -76,26 +77,31 @@ def build(sanitize: bool, *flags: str) -> Path:
     return build_library(name, sources, headers, [*(SANITIZED if sanitize else ["-O2"]), *flags])
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.util.spec_from_file_location(MODULE, self.path) if name == MODULE else None
-
-
 def load(path: Path) -> ModuleType:
-    """Imports a built module in place of the one for GPUs; it needs nfnets_kernels, which imports it in turn."""
-    sys.meta_path.insert(0, _Finder(path))
-    return importlib.import_module(MODULE)
+    """A built module, beside the one for GPUs."""
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def serve_cpu_tensors(path: Path) -> None:
     """Backend "cuda" serves CPU tensors with a built module, where it is asked for by name."""
-    load(path)
-    from nfnets_kernels import backend
-
+    backend.cuda_extension = load(path)
     backend._DEVICES["cuda"] = ("cpu",)
+    backend.serving.cache_clear()
+    backend._cuda_obstacle.cache_clear()
+
+
+@contextlib.contextmanager
+def serving_cpu_tensors(path: Path) -> Iterator[None]:
+    """`serve_cpu_tensors` until the end of the `with` block."""
+    with mock.patch.object(backend, "cuda_extension"), mock.patch.dict(backend._DEVICES):
+        serve_cpu_tensors(path)
+        yield
+    backend.serving.cache_clear()
+    backend._cuda_obstacle.cache_clear()
 
 
 def controls(path: Path) -> ctypes.CDLL:

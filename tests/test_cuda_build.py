@@ -193,9 +193,7 @@ def test_the_built_library_holds_every_architecture():
 class Report(NamedTuple):
     """What a source's code uses, by name."""
 
-    functions: dict[
-        str, list[int]
-    ]  # by ptxas, with what kernels call: bytes of stack, spill stores and loads
+    functions: dict[str, list[int]]  # by ptxas, with what kernels call: bytes of stack, spill stores and loads
     kernels: dict[str, list[int]]  # by the finished code: bytes of stack and of other local memory
     registers: dict[str, int]  # of a kernel's thread
 
