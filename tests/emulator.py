@@ -22,8 +22,6 @@ from nfnets_kernels import backend
 ROOT = Path(__file__).parents[1]
 STAND_IN = ROOT / "tests" / "cuda_emulator"
 CSRC = ROOT / "csrc"
-# pybind11 gives out modules of one name once; the one for GPUs is nfnets_kernels._cuda.
-MODULE = "emulator._cuda"
 
 FLAGS = [
     *["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"],
@@ -79,7 +77,8 @@ def build(sanitize: bool, *flags: str) -> Path:
 
 def load(path: Path) -> ModuleType:
     """A built module, beside the one for GPUs."""
-    spec = importlib.util.spec_from_file_location(MODULE, path)
+    # By a name of its own: of modules of one name, pybind11 gives out the first.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -29,7 +29,7 @@ struct Place {
 // Rows of tensors, each with the number `end` of the first block behind its own; Common is what they share.
 template <class Row, class Common>
 struct Table {
-  static constexpr int kRows = (kArgumentBytes - sizeof(Common) - sizeof(Row)) / sizeof(Row);
+  static constexpr int kRows = (kArgumentBytes - sizeof(Common) - alignof(Row)) / sizeof(Row);
 
   Common common;
   int size;
@@ -99,6 +99,7 @@ inline int checked_count(const char* op, Units units) {
 template <class Row, class Common>
 class Launcher {
  public:
+  static_assert(sizeof(Table<Row, Common>) <= kArgumentBytes, "a table is a kernel's argument");
   using Kernel = void (*)(const Table<Row, Common> __grid_constant__);
 
   Launcher(const char* op, Kernel kernel, const Common& common, Queue queue) : op_(op), kernel_(kernel), queue_(queue) {
