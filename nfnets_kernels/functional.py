@@ -228,8 +228,8 @@ def agc_(
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
         grad = parameter.grad
-        if grad is not None and parameter not in seen:
-            seen.add(parameter)
+        if grad is not None and id(parameter) not in seen:
+            seen.add(id(parameter))
             ops.agc.check_gradient(f"parameters[{i}]", parameter, grad)
             weights.append(parameter)
             grads.append(grad)

@@ -333,7 +333,7 @@ def test_host_time_is_measured_without_a_gpu(monkeypatch, tmp_path):
     results = Results.load(tmp_path)
     assert {goal.case for goal in goals.GOALS if goal.machine == "CPU"} < {one.case for one in results.timings}
     assert {(one.backend, one.method) for one in results.timings} == {("cuda", "host")}
-    assert results.incidents == []
+    assert {one.kind for one in results.incidents} <= {"disturbed"}
     assert backend.unavailable("agc", "cuda", "cpu") == "it does not run on cpu tensors"
 
 

@@ -141,8 +141,8 @@ class _Row(NamedTuple):
     @property
     def inner(self) -> int:
         """Elements of the innermost dim in memory order."""
-        fan_in, kernel_size = self.weight[0].numel(), self.weight[0, 0].numel()
-        return fan_in // kernel_size if is_channels_last(self.weight) else kernel_size
+        shape = self.weight.shape
+        return shape[1] if is_channels_last(self.weight) else shape[2:].numel()
 
     @property
     def permuted(self) -> bool:
@@ -196,7 +196,7 @@ def _table_row(row: _Row) -> list[int]:
         backends.DTYPE_CODES[row.weight.dtype],
         backends.DTYPE_CODES[row.other.dtype],
         row.weight.shape[0],
-        row.weight[0].numel(),
+        row.weight.shape[1:].numel(),
         row.inner,
         int(row.permuted),
     ]
@@ -214,7 +214,7 @@ def _triton(weights, gains, scales, eps, eps_form, outs=None, grads=None):
     structure = [
         kernels.Weight(
             row.weight.shape[0],
-            row.weight[0].numel(),
+            row.weight.shape[1:].numel(),
             row.inner,
             row.scale,
             row.weight.dtype,
