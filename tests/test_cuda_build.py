@@ -5,6 +5,7 @@ import re
 import stat
 import subprocess
 import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -241,6 +242,37 @@ def test_blocks_that_share_a_multiprocessor(reports, name, blocks):
     """As many as the sources' comments count with: 65,536 registers, of which a warp gets multiples of 256."""
     warps = {kernel: 65_536 // (-(-used * 32 // 256) * 256) for kernel, used in reports[name].registers.items()}
     assert min(warps.values()) // 4 >= blocks, warps
+
+
+@pytest.fixture(scope="session")
+def accesses(tmp_path_factory) -> dict[str, list[Counter[str]]]:
+    """Source -> how often each kernel's PTX has each access to global memory, such as "ld.global.nc.v4.u32"."""
+    folder = tmp_path_factory.mktemp("ptx")
+    flags = [flag for flag in SETUP["NVCC_FLAGS"] if not flag.startswith("-Xcompiler")]
+
+    def compile_to_ptx(name: str) -> list[Counter[str]]:
+        out = folder / f"{name}.ptx"
+        run(NVCC, *flags, "-ptx", f"-arch={TARGET}", CSRC / "cuda" / f"{name}.cu", "-o", out)
+        entries = out.read_text().split(".entry ")[1:]
+        return [Counter(re.findall(r"\b(?:ld|st)\.global[\w.:]*", entry)) for entry in entries]
+
+    names = ("agc", "weight_standardize")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(compile_to_ptx, names), strict=True))
+
+
+@needs_nvcc
+def test_memory_is_accessed_in_16_byte_pieces(accesses):
+    for kernel in accesses["agc"]:  # nine pieces a thread of each tensor
+        assert kernel["ld.global.nc.v4.u32"] == kernel["ld.global.cg.v4.u32"] == kernel["st.global.wb.v4.u32"] == 9
+    for kernel in accesses["weight_standardize"]:
+        assert kernel["ld.global.nc.v4.u32"] > 0 and kernel["st.global.wb.v4.u32"] > 0
+
+
+@needs_nvcc
+def test_every_store_is_one_that_the_emulator_watches(accesses):
+    stores = {name for kernels in accesses.values() for kernel in kernels for name in kernel if name.startswith("st")}
+    assert stores and all(name.startswith("st.global.wb.") for name in stores)
 
 
 @needs_nvcc

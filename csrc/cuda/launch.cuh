@@ -90,8 +90,9 @@ void launch(const char* op, void (*kernel)(Argument), int blocks, Queue queue, c
                            " threads: " + cudaGetErrorString(status));
 }
 
+// Below 2^30, so that sums of a count and a block's units stay an int.
 inline int checked_count(const char* op, Units units) {
-  if (units.count > INT_MAX) throw std::length_error(std::string(op) + ": a tensor has more than 2^31-1 units");
+  if (units.count > 1 << 30) throw std::length_error(std::string(op) + ": a tensor has more than 2^30 units");
   return static_cast<int>(units.count);
 }
 

@@ -150,7 +150,7 @@ struct Held {
   __device__ T operator[](Slot slot) const { return values[slot.group][slot.element]; }
   __device__ T& operator[](Slot slot) { return values[slot.group][slot.element]; }
 
-  // read(const U*): reads one element, or a uint4 of a piece.
+  // read(const uint4*) reads a piece.
   template <class Read>
   __device__ void fill(const T* unit, Read read) {
     slots.each_group([&](int group, int index) {
