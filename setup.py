@@ -24,7 +24,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CSRC_FILES = sorted(str(path) for path in (ROOT / "csrc").rglob("*") if path.is_file())
+CSRC_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 # One build of the kernels per instruction set; csrc/cpu/isa.cpp picks one at run time.
 AVX2 = ["-mavx2", "-mfma"]
@@ -271,6 +271,10 @@ class NinjaBuild(build_ext):
             else:
                 cuda_library.unlink(missing_ok=True)
         subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)], check=True)
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution holds of them: the headers too."""
+        return CSRC_FILES
 
     def copy_extensions_to_source(self) -> None:
         """As setuptools does; and a library that this build left out must not be found from an earlier one."""
