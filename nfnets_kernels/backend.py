@@ -69,11 +69,10 @@ _triton, _triton_missing = _triton_version()
 
 # torch is imported above, so the extension shares the OpenMP runtime (and its threads) that torch has loaded.
 extension, _extension_missing = _import_extension("_C", "install the package with `pip install .`")
-cuda_extension, _cuda_missing = _import_extension(
-    "_cuda", "install the package with NFK_CUDA=1 in the environment to learn what its build lacks"
-)
-if cuda_extension is None and extension is not None and extension.cuda_build.startswith("not built"):
-    _cuda_missing = f"nfnets_kernels._cuda is {extension.cuda_build}"
+if extension is not None and extension.cuda_build.startswith("not built"):  # then one that is there is another build's
+    cuda_extension, _cuda_missing = None, f"nfnets_kernels._cuda is {extension.cuda_build}"
+else:
+    cuda_extension, _cuda_missing = _import_extension("_cuda", "install the package with NFK_CUDA=1 in the environment")
 
 
 def register(op: str, backend: str, variants: Collection[str] | None = None) -> Callable[[Any], Any]:

@@ -259,6 +259,21 @@ def test_the_package_imports_and_works_where_the_extension_cannot_be_imported():
     assert "pip install" in kernels
 
 
+def test_cuda_kernels_of_another_build_are_not_used():
+    """A package that was built without them may find those of an earlier build."""
+    program = """
+        import importlib, sys, types
+        from nfnets_kernels import backend
+        backend.extension.cuda_build = "not built: the build ran with NFK_CUDA=0"
+        sys.modules["nfnets_kernels._cuda"] = types.ModuleType("nfnets_kernels._cuda")
+        importlib.reload(backend)
+        assert backend.cuda_extension is None
+        print(backend.unavailable("agc", "cuda", "cuda"))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert run.stdout == "nfnets_kernels._cuda is not built: the build ran with NFK_CUDA=0\n", run.stderr
+
+
 def test_the_module_prints_its_description():
     run = subprocess.run([sys.executable, "-m", "nfnets_kernels"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
