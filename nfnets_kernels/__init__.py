@@ -2,9 +2,11 @@
 
 __version__ = "0.1.0"
 
-from . import backend, diagnostics, functional, models, modules, optim
+from . import backend, diagnostics, functional, integrations, models, modules, optim
 from .functional import agc_
 from .modules import (
+    BatchedWeightStandardization,
+    EfficientChannelAttention,
     ScaledActivation,
     ScaledGELU,
     ScaledReLU,
@@ -17,11 +19,14 @@ from .modules import (
     WSConv3d,
     WSConvTranspose2d,
     WSLinear,
+    convert_conv2d,
 )
 from .optim import AGC
 
 __all__ = [
     "AGC",
+    "BatchedWeightStandardization",
+    "EfficientChannelAttention",
     "ScaledActivation",
     "ScaledGELU",
     "ScaledReLU",
@@ -36,8 +41,11 @@ __all__ = [
     "WSLinear",
     "agc_",
     "backend",
+    "convert_conv2d",
+    "deployment",
     "diagnostics",
     "functional",
+    "integrations",
     "models",
     "modules",
     "optim",

@@ -25,7 +25,7 @@ LAYERS = (
     {"reference", "triton_kernels"},
     {"ops"},
     {"functional", "modules", "optim"},
-    {"models", "integrations", "diagnostics"},
+    {"models", "integrations", "diagnostics", "deployment"},
     {"benchmarks"},
 )
 LAYER_OF = {part: i for i, parts in enumerate(LAYERS) for part in parts}
@@ -123,6 +123,11 @@ def test_the_package_imports_without_optional_packages():
         "pybind11",
         "rich",
         "matplotlib",
+        "huggingface_hub",
+        "safetensors",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
         "jax",
     ]
     program = (

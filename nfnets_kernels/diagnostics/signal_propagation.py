@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.nf_resnet import NFResNet, NFResNetBlock
+from ..models.blocks import NFBlock
+from ..models.network import NormalizerFreeNet
 
 
 def _stream_metrics(h: Tensor, index: int) -> dict[str, Tensor]:
@@ -19,7 +20,7 @@ def _stream_metrics(h: Tensor, index: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def signal_propagation(model: NFResNet, x: Tensor) -> dict[str, Tensor]:
+def signal_propagation(model: NormalizerFreeNet, x: Tensor) -> dict[str, Tensor]:
     """The authors' signal metrics of one forward pass (nfnets/base.py, `signal_metrics`).
 
     Args:
@@ -31,20 +32,20 @@ def signal_propagation(model: NFResNet, x: Tensor) -> dict[str, Tensor]:
         `res_avg_var_{i}`, the average channel variance of block i's residual branch before skip_gain and alpha.
 
     Raises:
-        TypeError: the model is not an `NFResNet`.
+        TypeError: the model is not a `NormalizerFreeNet`.
     """
-    if not isinstance(model, NFResNet):
-        raise TypeError(f"model must be an NFResNet, got {type(model).__name__}")
+    if not isinstance(model, NormalizerFreeNet):
+        raise TypeError(f"model must be an NF network of nfnets_kernels.models, got {type(model).__name__}")
     metrics: dict[str, Tensor] = {}
 
-    def before_block(block: NFResNetBlock, inputs: tuple[Any, ...]) -> None:
+    def before_block(block: NFBlock, inputs: tuple[Any, ...]) -> None:
         h, a, *_ = inputs
         index = indices[block]
         if index == 0:
             metrics.update(_stream_metrics(h, 0))
         metrics[f"res_avg_var_{index}"] = block.branch(a).var(dim=(0, 2, 3), correction=0).mean()
 
-    def after_block(block: NFResNetBlock, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    def after_block(block: NFBlock, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         metrics.update(_stream_metrics(outputs[0], indices[block] + 1))
 
     indices = {block: index for index, block in enumerate(model.blocks)}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .pointwise import pays, pointwise
 from .standardized import Prepared, Standardized
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -51,6 +52,7 @@ def sums_bias_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         and input.device.type == "cpu"
         and weight.dtype == bias.dtype == torch.float32
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -89,6 +91,8 @@ class _WSConv(Standardized):
         `prepared` is what `standardize_together` made for this layer.
         """
         weight, bias = self.standardized(input, skip_gain, alpha) if prepared is None else prepared
+        if pays(input, weight, self.stride, self.padding, self.groups):  # type: ignore[arg-type]
+            return pointwise(input, weight, bias, self.stride)  # type: ignore[arg-type]
         convolve: Any = self._convolve_same if self._same else self._conv_forward
         if bias is None or not sums_bias_gradient(input, weight, bias):
             return convolve(input, weight, bias)

@@ -1,4 +1,6 @@
-"""Squeeze and excite as NF networks use it: the logits of a gate that the residual op applies."""
+"""Channel attention as NF networks use it: the logits of a gate that the residual op applies."""
+
+import math
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,14 +15,36 @@ class SqueezeExcite(nn.Module):
         channels: channels of the branch.
         ratio: hidden width over channels, at least one neuron (nfnets/base.py, `SqueezeExcite`).
         device, dtype: of the parameters.
+        hidden: hidden width, in place of the ratio.
     """
 
-    def __init__(self, channels: int, ratio: float = 0.5, device=None, dtype=None) -> None:
+    def __init__(
+        self, channels: int, ratio: float = 0.5, device=None, dtype=None, *, hidden: int | None = None
+    ) -> None:
         super().__init__()
-        hidden = max(1, int(channels * ratio))
+        hidden = max(1, int(channels * ratio)) if hidden is None else hidden
         self.fc0 = nn.Linear(channels, hidden, device=device, dtype=dtype)
         self.fc1 = nn.Linear(hidden, channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) to logits (N, C)."""
         return self.fc1(F.relu(self.fc0(x.flatten(2).mean(dim=2))))
+
+
+class EfficientChannelAttention(nn.Module):
+    """Logits of one gate per sample and channel: pool, convolution over neighbouring channels (Wang et al. 2020, ECA).
+
+    Args:
+        channels: channels of the branch; the kernel has the odd size next to (log2(channels) + 1) / 2, at least 3.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
+        super().__init__()
+        half = int(abs(math.log2(channels) + 1) / 2)
+        size = max(half if half % 2 else half + 1, 3)
+        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) to logits (N, C)."""
+        return self.conv(x.flatten(2).mean(dim=2).unsqueeze(1)).squeeze(1)

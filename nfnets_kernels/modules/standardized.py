@@ -42,14 +42,35 @@ class _Cached(NamedTuple):
     prepared: Prepared
 
 
+class _Held(NamedTuple):
+    """What a layer was given for one forward pass, and for what it holds."""
+
+    sources: tuple[Tensor | None, ...]
+    alpha: float
+    with_grad: bool
+    context: Any
+    prepared: Prepared
+
+
+def _saving_context() -> Any:
+    """The innermost hooks on tensors saved for backward.
+
+    A checkpoint installs its own, and computes in the backward pass what ran under them again, on its own: a weight
+    that was prepared outside would then be missing. A compiler sees the whole.
+    """
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 def can_standardize_together(layers: Sequence[nn.Module]) -> bool:
     """Whether all are standardized layers of one eps and eps_form, as the op takes one of each."""
     standardized = [layer for layer in layers if isinstance(layer, Standardized)]
     return len(standardized) == len(layers) and len({(layer.eps, layer.eps_form) for layer in standardized}) == 1
 
 
-def standardize_together(requests: Sequence[Request], input: Tensor) -> list[Prepared]:
+def standardize_together(requests: Sequence[Request], input: Tensor | None) -> list[Prepared]:
     """The standardized weights of several layers in one pass, prepared for inputs like this one.
+
+    They come in channels_last where the input is, else in their own memory format.
 
     Raises:
         ValueError: the layers differ in eps or eps_form.
@@ -64,8 +85,8 @@ def standardize_together(requests: Sequence[Request], input: Tensor) -> list[Pre
         scales=[layer.gamma * alpha for layer, _, alpha in requests],
         eps=first.eps,
         eps_form=first.eps_form,
-        dtype=first.compute_dtype(input),
-        memory_format=torch.channels_last if is_channels_last(input) else torch.preserve_format,
+        dtype=first.compute_dtype(),
+        memory_format=torch.channels_last if input is not None and is_channels_last(input) else torch.preserve_format,
     )
     return [
         (request.layer.unit_axis_back(weight), bias)
@@ -82,6 +103,11 @@ class Standardized(nn.Module):
     weight: Tensor
     bias: Tensor | None
     gain: Tensor | None
+    gamma: float
+    eps: float
+    eps_form: str
+    _cached: _Cached | None = None
+    _held: _Held | None = None
 
     def _init_standardization(
         self, gain_shape: tuple[int, ...] | None, gamma: float, eps: float, eps_form: str, gain_init: float = 1.0
@@ -93,7 +119,6 @@ class Standardized(nn.Module):
         self.eps = eps
         self.eps_form = eps_form
         self.gain_init = gain_init
-        self._cached: _Cached | None = None
         if gain_shape is None:
             self.register_parameter("gain", None)
         else:
@@ -120,6 +145,9 @@ class Standardized(nn.Module):
         tensor) and alpha, both are multiplied by `alpha * skip_gain`: the output is scaled without a pass over it.
         In eval mode without grad the pair is kept until a parameter changes in place or is replaced.
         """
+        held = self.held(skip_gain, alpha)
+        if held is not None:
+            return held
         request = Request(self, skip_gain, alpha)
         if not self.keeps_standardized() or torch.compiler.is_compiling():
             return standardize_together([request], input)[0]
@@ -127,7 +155,7 @@ class Standardized(nn.Module):
         if any(t.is_inference() or type(t) is not nn.Parameter for t in sources):  # no version counter, no plain memory
             return standardize_together([request], input)[0]
         versions = tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in sources)
-        wanted = (self.compute_dtype(input), is_channels_last(input), alpha, self.gamma, self.eps, self.eps_form)
+        wanted = (self.compute_dtype(), is_channels_last(input), alpha, self.gamma, self.eps, self.eps_form)
         key = (versions, _optimizer_steps, wanted)
         cached = self._cached  # read once: another thread may replace it
         if cached is None or cached.key != key:
@@ -135,13 +163,37 @@ class Standardized(nn.Module):
             cached = self._cached = _Cached(key, tuple(t.detach() for t in sources), prepared)
         return cached.prepared
 
+    def hold(self, prepared: Prepared, skip_gain: Tensor | None = None, alpha: float = 1.0) -> None:
+        """Compute with this pair until `let_go`: what `standardize_together` made for the layer as it is now."""
+        sources = (self.weight, self.bias, self.gain, skip_gain)
+        self._held = _Held(sources, alpha, torch.is_grad_enabled(), _saving_context(), prepared)
+
+    def let_go(self) -> None:
+        """Forgets what `hold` was given."""
+        self._held = None
+
+    def held(self, skip_gain: Tensor | None = None, alpha: float = 1.0) -> Prepared | None:
+        """The pair of `hold`, or None where it would not be exactly what the layer computes with by itself.
+
+        So it is when a hook of the layer has made another weight, another factor or dtype is wanted, or gradients are
+        and were not; and in a checkpoint inside the module for whose forward pass the pair was made.
+        """
+        held = self._held
+        if held is None or held.alpha != alpha or held.prepared[0].dtype != self.compute_dtype():
+            return None
+        sources = (self.weight, self.bias, self.gain, skip_gain)
+        same = all(source is now for source, now in zip(held.sources, sources, strict=True))
+        if not same or (torch.is_grad_enabled() and not held.with_grad) or held.context != _saving_context():
+            return None
+        return held.prepared
+
     def keeps_standardized(self) -> bool:
         """Whether the next forward pass may use a weight that an earlier one standardized."""
         return not (self.training or torch.is_grad_enabled())
 
-    def compute_dtype(self, input: Tensor) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """The dtype that the layer computes in: autocast's, or its own."""
-        device = input.device.type
+        device = self.weight.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
         if autocast and self.weight.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
@@ -170,7 +222,7 @@ class Standardized(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_held": None}
 
     def extra_repr(self) -> str:
         """The torch layer's arguments and those of the standardization."""

@@ -238,7 +238,8 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, grad_outs):
     scales, eps, eps_form, backend = ctx.arguments
-    weights, gains = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
+    saved = list(ctx.saved_tensors)  # once: a checkpoint unpacks them once
+    weights, gains = saved[: ctx.count], saved[ctx.count :]
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again
         pairs = [
             reference.weight_standardize_backward(grad_out, weight, gain, scale, eps, eps_form)

@@ -31,7 +31,7 @@ GAMMA = {
 # glu halves the channels and log_softmax normalizes over them: dim 1 of (N, C, ...), as in convolutional networks.
 CHANNEL_DIM = 1
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "celu": F.celu,
     "elu": F.elu,
@@ -93,7 +93,7 @@ def function_key(name: str, approximate: str) -> str:
 
 def scaled_activation(x: Tensor, key: str, scale: float) -> Tensor:
     """`scale * f(x)`, computed in float32 (float64 for float64) and rounded once to the dtype of x."""
-    return (_FUNCTIONS[key](x.to(accumulation_dtype(x.dtype))) * scale).to(x.dtype)
+    return (FUNCTIONS[key](x.to(accumulation_dtype(x.dtype))) * scale).to(x.dtype)
 
 
 def scaled_activation_backward(grad: Tensor, x: Tensor, key: str, scale: float) -> Tensor:

@@ -1,0 +1,85 @@
+"""The ops as arithmetic of torch that torch.fx can trace: on tensors and on its proxies alike."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..reference.scaled_activation import FUNCTIONS, function_key
+
+SPACE = "nfnets_kernels.space"
+"""Key of a node's meta: how many dims of space follow (N, C)."""
+
+
+def _space(x: Any) -> int:
+    """Dims of space; what does not come straight from a layer is taken for images."""
+    return x.ndim - 2 if isinstance(x, Tensor) else x.node.meta.get(SPACE, 2)
+
+
+def scaled_activation(x: Any, name: str, scale: float, approximate: str, backend: str) -> Any:
+    """`scale * f(x)`."""
+    out = FUNCTIONS[function_key(name, approximate)](x)
+    return out if scale == 1.0 else out * scale
+
+
+def scaled_activation_(x: Any, name: str, scale: float, approximate: str, backend: str) -> Any:
+    """The same, written into x, for the three functions that the op offers."""
+    out = x if name == "identity" else getattr(F, name)(x, inplace=True)
+    return out if scale == 1.0 else out.mul_(scale)
+
+
+def residual(
+    f: Any,
+    shortcut: Any,
+    skip_gain: Any,
+    se: Any,
+    keep: Any,
+    alpha: float,
+    activation: str,
+    scale: float,
+    approximate: str,
+    backend: str,
+) -> tuple[Any, Any]:
+    """h and a; the static factors are multiplied into the gate, which is smaller than f."""
+    factor: Any = alpha
+    if skip_gain is not None:
+        factor = factor * (skip_gain.item() if isinstance(skip_gain, Tensor) else skip_gain)
+    if keep is not None:
+        factor = factor * keep[:, None]
+    if se is not None:
+        factor = torch.sigmoid(se) * (2.0 * factor)
+    if se is not None or keep is not None:
+        over_space = (..., *[None] * _space(f))
+        factor = factor[over_space]
+    h = f + shortcut if isinstance(factor, float) and factor == 1.0 else f * factor + shortcut
+    return h, scaled_activation(h, activation, scale, approximate, backend)
+
+
+@contextlib.contextmanager
+def traceable_ops() -> Iterator[None]:
+    """Replaces the ops by the functions above for as long as the `with` block runs.
+
+    As torch.fx itself, which replaces nn.Module's methods while it traces, for all threads; another thread would get
+    the same values from torch's kernels.
+    """
+    replacements: list[tuple[Any, str, Any]] = [
+        (ops.residual, "check", lambda *_: None),
+        (ops.residual, "residual", residual),
+        (ops.scaled_activation, "check", lambda *_: None),
+        (ops.scaled_activation, "scaled_activation", scaled_activation),
+        (ops.scaled_activation, "scaled_activation_", scaled_activation_),
+    ]
+    originals = [getattr(module, name) for module, name, _ in replacements]
+    try:
+        for module, name, function in replacements:
+            setattr(module, name, function)
+        yield
+    finally:
+        for (module, name, _), original in zip(replacements, originals, strict=True):
+            setattr(module, name, original)
