@@ -9,8 +9,9 @@ from pathlib import Path
 from benchmarks.results import BENCHES
 
 DESCRIPTION = """\
-Measures every op of nfnets_kernels, the training step and inference of NF-ResNet-50, and a training run on handwritten
-digits, each beside its peers in one process. Writes results.json, results.csv, summary.md and plots."""
+Measures every op of nfnets_kernels, the training step and inference of NF-ResNet-50, whole networks at the size that
+they are trained at, and a training run on handwritten digits, each beside its peers in one process. Writes
+results.json, results.csv, summary.md and plots."""
 
 
 def parse_arguments() -> argparse.Namespace:

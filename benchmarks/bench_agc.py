@@ -1,6 +1,7 @@
 """Adaptive gradient clipping of all parameters of NF-ResNet-50 and NFNet-F0, on a GPU of NFNet-F6 too."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -8,19 +9,22 @@ import torch
 
 import nfnets_kernels as nfk
 from benchmarks import peers
-from benchmarks.harness import Comparison, Contestant, Session, assert_all_close, passed_over
+from benchmarks.harness import Comparison, Contestant, Session, Settings, assert_all_close, passed_over
 
 BENCH = "agc"
 MODELS = {"NF-ResNet-50": "nf_resnet50", "NFNet-F0": "dm_nfnet_f0", "NFNet-F6": "dm_nfnet_f6"}
 ON_GPU_ONLY = {"NFNet-F6"}  # 440 million parameters: a second for every call of every peer on a CPU
 CLIP_FACTOR, EPS = 0.01, 1e-3
+LEAN = "lean eager (foreach)"
 
 
 def run(session: Session) -> None:
-    """Every model with none and with all of its gradients clipped."""
+    """Every model with none and with all of its gradients clipped; then what takes minutes to compile."""
     titles = [title for title in MODELS if session.settings.on_gpu or title not in ON_GPU_ONLY]
     for title, clipped in session.track(list(product(titles, (False, True))), BENCH):
         session.compare(comparison(session, title, clipped))
+    for title in compiled_titles(session.settings):
+        session.compare(with_compiled(session, title))
 
 
 def comparison(session: Session, title: str, clipped: bool) -> Comparison:
@@ -56,12 +60,12 @@ def comparison(session: Session, title: str, clipped: bool) -> Comparison:
             for backend in passed_over("agc", session.settings)
         ),
         Contestant("timm adaptive_clip_grad", partial(peers.adaptive_clip_grad, params, CLIP_FACTOR, EPS)),
-        Contestant("lean eager (foreach)", lean),
+        Contestant(LEAN, lean),
     ]
     return Comparison(
         bench=BENCH,
         case=f"{title}, {'all' if clipped else 'none'} clipped",
-        contestants=contestants + compiled(session, title, clipped, lean) + ceilings(weights, grads),
+        contestants=contestants + ceilings(weights, grads),
         check=check,
         setup=restore,
         # The gradients are read with the weights and, where clipped, written back in place.
@@ -81,15 +85,24 @@ def make_params(model: str, device: str, clipped: bool) -> list[torch.nn.Paramet
     return params
 
 
-def compiled(session: Session, title: str, clipped: bool, lean: Callable[[], None]) -> list[Contestant]:
-    """The lean version under torch.compile, which takes minutes to compile hundreds of tensors.
+def compiled_titles(settings: Settings) -> list[str]:
+    """The models whose hundreds of tensors torch.compile is given, in a comparison of its own that may be cut short."""
+    if settings.quick:
+        return ["NF-ResNet-50"] if settings.on_gpu else []
+    return [title for title in MODELS if title not in ON_GPU_ONLY]
 
-    It multiplies every gradient, clipped or not, so that one of both cases tells its time.
+
+def with_compiled(session: Session, title: str) -> Comparison:
+    """The lean version under torch.compile, beside ours and itself.
+
+    It multiplies every gradient, clipped or not, so that the case of none tells its time.
     """
-    settings = session.settings
-    if settings.quick and not (settings.on_gpu and title == "NF-ResNet-50" and not clipped):
-        return []
-    return [Contestant("torch.compile of lean eager", peers.compiled(lean, settings.compile_mode), optional=True)]
+    base = comparison(session, title, clipped=False)
+    ours = [contestant for contestant in base.contestants if contestant.role == "ours"]
+    lean = next(contestant for contestant in base.contestants if contestant.name == LEAN)
+    run = peers.compiled(lean.run, session.settings.compile_mode)
+    compiled = Contestant("torch.compile of lean eager", run, optional=True)
+    return replace(base, case=f"{base.case}, with torch.compile", contestants=[*ours, lean, compiled])
 
 
 def ceilings(weights: list[torch.Tensor], grads: list[torch.Tensor]) -> list[Contestant]:

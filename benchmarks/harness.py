@@ -16,7 +16,8 @@ from torch import nn
 import nfnets_kernels as nfk
 from benchmarks.clocks import Call, Clock, captured, host_clock, is_gpu, make_clock, peak_memory
 from benchmarks.environment import other_cpu_seconds
-from benchmarks.results import Incident, Method, Results, Role, Timing, Training
+from benchmarks.memory import peak_tensor_memory
+from benchmarks.results import Incident, Method, ModelFigures, Results, Role, Timing, Training
 
 Item = TypeVar("Item")
 
@@ -79,13 +80,14 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Contestants for the same work; the first one is ours.
+    """Contestants for the same work; the first one is ours, where there is one.
 
     ``setup`` runs untimed before every call of every contestant. ``check(name, value)`` gets what a contestant
     returned and raises ``BenchmarkError`` when it is wrong. ``traffic`` counts the unavoidable bytes by kind of access:
     "read", "copy" (read from one place and write to another) and "update" (read and write in place). On a GPU the
     contestants' work is replayed from CUDA graphs, where ``graphed`` and possible, and called otherwise; or, if
-    ``on_host``, what is timed is not the work but the call, until it returns.
+    ``on_host``, what is timed is not the work but the call, until it returns. The memory that a call needs is measured
+    on a GPU, and with ``memory`` on a CPU too. ``rounds`` are for work so long that nothing more is to be warmed up.
     """
 
     bench: str
@@ -96,6 +98,8 @@ class Comparison:
     traffic: Mapping[str, int] = field(default_factory=dict)
     graphed: bool = True
     on_host: bool = False
+    memory: bool = False
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -231,8 +235,13 @@ class Session:
         except BenchmarkError as error:
             self.report_incident(Incident(comparison.bench, comparison.case, "failed", str(error)))
             return
-        self._record(comparison, entrants, *self._time(comparison, entrants))
+        if entrants:
+            self._record(comparison, entrants, *self._time(comparison, entrants))
         self.results.save(self.folder)
+
+    def add_model(self, model: ModelFigures) -> None:
+        """Record what is known of a network besides its times."""
+        self.results.models.append(model)
 
     def add_training(self, training: Training) -> None:
         """Record a finished training run."""
@@ -259,7 +268,13 @@ class Session:
                     raise
                 self._report_skipped(comparison, contestant, "", error)
                 continue
-            entrants.append(self._prepare_for_gpu(comparison, entrant) if self.settings.on_gpu else entrant)
+            if self.settings.on_gpu or comparison.memory:
+                comparison.setup()
+                measure = peak_memory if self.settings.on_gpu else peak_tensor_memory
+                entrant = replace(entrant, peak_bytes=measure(entrant.run))
+            if self.settings.on_gpu and comparison.graphed and not comparison.on_host:
+                entrant = self._capture(comparison, entrant)
+            entrants.append(entrant)
         return entrants
 
     def _run_checked(self, comparison: Comparison, contestant: Contestant) -> Entrant:
@@ -272,13 +287,9 @@ class Session:
             comparison.check(name, value)
         return Entrant(contestant, backend, contestant.run, "host" if comparison.on_host else "calls")
 
-    def _prepare_for_gpu(self, comparison: Comparison, entrant: Entrant) -> Entrant:
-        """Measure the memory of a call, and capture it in a CUDA graph whose replay is as right."""
+    def _capture(self, comparison: Comparison, entrant: Entrant) -> Entrant:
+        """Capture a call in a CUDA graph whose replay is as right; where that fails, calls stay what is timed."""
         contestant = entrant.contestant
-        comparison.setup()
-        entrant = replace(entrant, peak_bytes=peak_memory(entrant.run))
-        if comparison.on_host or not comparison.graphed:
-            return entrant
         try:
             run = captured(entrant.run)
         except Exception as error:
@@ -300,10 +311,13 @@ class Session:
         """Samples of every entrant and, on a GPU, of what its calls take on the host."""
         runs = [entrant.run for entrant in entrants]
         clock = host_clock if comparison.on_host and self.settings.on_gpu else self.clock
-        warm_up = interleave(runs, 2, clock, comparison.setup)
         fewest, most = self.settings.round_limits
-        affordable = int(self.settings.seconds / sum(times[-1] for times in warm_up))
-        rounds = self.settings.rounds or min(max(affordable, fewest), most)
+        rounds = comparison.rounds
+        if rounds is None:
+            warm_up = interleave(runs, 2, clock, comparison.setup)
+            affordable = int(self.settings.seconds / sum(times[-1] for times in warm_up))
+            rounds = min(max(affordable, fewest), most)
+        rounds = self.settings.rounds or rounds
         task = self.progress.add_task(f"  {comparison.case}", total=rounds)
         with self._watch_other_processes(comparison):
             samples = interleave(runs, rounds, clock, comparison.setup, lambda: self.progress.advance(task))

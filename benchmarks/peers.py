@@ -13,7 +13,7 @@ torchvision_compat.prepare()
 from timm import create_model  # noqa: E402  (only importable after prepare)
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame  # noqa: E402
 from timm.utils.agc import adaptive_clip_grad  # noqa: E402
-from torchvision.models import resnet50  # noqa: E402
+from torchvision.models import get_model, get_model_weights, resnet50  # noqa: E402
 
 __all__ = [
     "ScaledStdConv2d",
@@ -23,13 +23,24 @@ __all__ = [
     "create_model",
     "eager_chain",
     "eager_chain_in_place",
+    "get_model",
+    "get_model_weights",
     "lean_agc_",
+    "published_accuracy",
     "resnet50",
     "timm_weight",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., object])
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def published_accuracy(name: str) -> float:
+    """The ImageNet top-1 accuracy, in percent, of the first weights that torchvision published for a network.
+
+    They come from the plain recipe of the networks' authors, later ones from longer and stronger training.
+    """
+    return get_model_weights(name)["IMAGENET1K_V1"].meta["_metrics"]["ImageNet-1K"]["acc@1"]
 
 
 def unit_norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

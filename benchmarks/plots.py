@@ -10,9 +10,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.results import BENCHES, Results, Role, Timing
+from benchmarks.results import BENCHES, ModelFigures, Results, Role, Timing
 
 COLOURS: dict[Role, str] = {"ours": "#1b7f5c", "peer": "#9aa5b1", "ceiling": "#c8553d"}
 STYLE: dict[Any, Any] = {
@@ -29,10 +30,13 @@ def save_plots(results: Results, folder: Path) -> None:
     """Plot every bench that has figures."""
     with plt.rc_context(STYLE):
         for bench, title in BENCHES.items():
-            if cases := results.cases(bench):
+            cases = results.cases(bench)
+            if cases and bench != "models":
                 plot_timings(title, results.environment.machine, cases, folder / f"{bench}.png")
         if results.trainings:
             plot_trainings(results, folder / "convergence.png")
+        if any(results.times(model)[0] for model in results.models):
+            plot_models(results, folder / "models.png")
 
 
 def plot_timings(title: str, machine: str, cases: dict[str, list[Timing]], path: Path) -> None:
@@ -94,3 +98,47 @@ def plot_trainings(results: Results, path: Path) -> None:
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_models(results: Results, path: Path) -> None:
+    """What an image takes in a training step, against the published accuracy and against the multiply-adds."""
+    times = {
+        model: training.median_ms / model.batch_size
+        for model in results.models
+        if (training := results.times(model)[0])
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure.suptitle(f"{BENCHES['models']} ({results.environment.machine})", fontweight="bold")
+    plot_points(left, {model: (ms, model.accuracy) for model, ms in times.items() if model.accuracy})
+    left.set_ylabel("ImageNet top-1, %: as published, not trained here")
+    plot_points(right, {model: (ms, model.multiply_adds / 1e9) for model, ms in times.items()})
+    right.set_yscale("log")
+    plain_numbers(right.yaxis)
+    right.set_ylabel("multiply-adds of an image, G")
+    right.plot([], [], "o", color=COLOURS["ours"], label="nfnets_kernels")
+    right.plot([], [], "o", color=COLOURS["peer"], label="peers")
+    right.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_points(axes: Axes, points: dict[ModelFigures, tuple[float, float]]) -> None:
+    """A point per network, with its name on the left of ours and on the right of a peer."""
+    for model, (x, y) in points.items():
+        ours = model.role == "ours"
+        axes.plot(x, y, "o", color=COLOURS[model.role])
+        name = model.contestant if model.contestant.startswith("timm") else model.architecture
+        # Two of ours lie close together where timm's network runs with our kernels.
+        side, offset = ("right", (-5, -3 if name == model.architecture else 8)) if ours else ("left", (5, -8))
+        axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=7)
+    axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("training step, ms per image")
+    axes.margins(x=0.25, y=0.1)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis at 100, 200 and 500, in place of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -13,12 +13,13 @@ from rich.table import Table
 from benchmarks.environment import REPOSITORY
 from benchmarks.goals import Goal, goal_for, goal_rows
 from benchmarks.plots import save_plots
-from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing, Training
+from benchmarks.results import BENCHES, NOT_MEASURED, ModelFigures, Results, Timing, Training
 
 START, END = "<!-- benchmark-table:start -->", "<!-- benchmark-table:end -->"
 COLUMNS = {
     "timings": ["Case", "Contestant", "Backend", "Median ms", "20 to 80 %", "Time / ours", "Bandwidth"],
     "on a GPU": ["Timed", "Host ms", "Peak MB", "Goal"],
+    "models": ["Network", "Params, M", "MACs, G", "Image", "Step, ms", "Inference, ms", "Peak MB", "Top-1, %"],
     "goals": ["Machine", "Work", "Goal", "Reached"],
     "trainings": ["Network", "Seed", "Backend", "Test accuracy, %", "Best epoch, %", "Time, s"],
 }
@@ -42,6 +43,8 @@ def print_report(results: Results, console: Console) -> None:
         columns, rows = table(results, bench)
         if rows:
             console.print(rich_table(title, columns, rows))
+        if rows and bench == "models":
+            console.print(models_note(results.models), highlight=False)
     console.print(machine_line(results))
 
 
@@ -63,7 +66,8 @@ def summary(results: Results) -> str:
     parts = ["# Benchmark results", f"{machine_line(results)}\n\n`{results.environment.command}`"]
     for bench, title in BENCHES.items():
         columns, rows = table(results, bench)
-        parts.append(f"## {title}\n\n{markdown(columns, rows) if rows else NOT_MEASURED}")
+        note = f"{models_note(results.models)}\n\n" if bench == "models" and rows else ""
+        parts.append(f"## {title}\n\n{note}{markdown(columns, rows) if rows else NOT_MEASURED}")
     if results.timings:
         parts.append(f"## Goals\n\n{markdown(COLUMNS['goals'], goal_rows([results]))}")
     if results.incidents:
@@ -76,6 +80,8 @@ def table(results: Results, bench: str) -> tuple[list[str], list[list[str]]]:
     """Column titles and rows of one bench."""
     if bench == "convergence":
         return COLUMNS["trainings"], [training_row(training) for training in results.trainings]
+    if bench == "models":
+        return COLUMNS["models"], [model_row(results, model) for model in results.models]
     on_gpu = results.environment.gpu is not None
     rows = []
     for timings in results.cases(bench).values():
@@ -83,7 +89,7 @@ def table(results: Results, bench: str) -> tuple[list[str], list[list[str]]]:
             # The name of a case stands once, at the first of its contestants.
             row = timing_row(timing, timing.case if index == 0 else "")
             goal = goal_for(results, bench, timing.case) if index == 0 else None
-            rows.append(row + gpu_cells(timing, goal) if on_gpu else row)
+            rows.append(row + gpu_cells(timing, goal, timings) if on_gpu else row)
     return COLUMNS["timings"] + (COLUMNS["on a GPU"] if on_gpu else []), rows
 
 
@@ -100,14 +106,49 @@ def timing_row(timing: Timing, case: str) -> list[str]:
     ]
 
 
-def gpu_cells(timing: Timing, goal: Goal | None) -> list[str]:
+def gpu_cells(timing: Timing, goal: Goal | None, timings: list[Timing]) -> list[str]:
     """What is measured on a GPU only, and whether the goal is met."""
     return [
         timing.method,
         "-" if timing.host_ms is None else milliseconds(timing.host_ms),
-        "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e6:.0f}",
-        goal.verdict(timing) if goal else "-",
+        megabytes(timing),
+        goal.verdict(timings) if goal else "-",
     ]
+
+
+def model_row(results: Results, model: ModelFigures) -> list[str]:
+    """One network's figures as text; its times are those of one image of the batch."""
+    training, inference = results.times(model)
+    per_image = [milliseconds(one.median_ms / model.batch_size) if one else "-" for one in (training, inference)]
+    return [
+        model.contestant,
+        f"{model.parameters / 1e6:.1f}",
+        f"{model.multiply_adds / 1e9:.2f}",
+        str(model.image_size),
+        *per_image,
+        megabytes(training) if training else "-",
+        f"{model.accuracy:.1f}" if model.accuracy else "-",
+    ]
+
+
+def models_note(models: Sequence[ModelFigures]) -> str:
+    """What has to be known of the table of networks."""
+    sizes = sorted({model.batch_size for model in models})
+    sources: dict[str, list[str]] = {}
+    for model in models:
+        if model.accuracy and model.architecture not in sources.setdefault(model.source, []):
+            sources[model.source].append(model.architecture)
+    cited = "; ".join(f"{source}: {', '.join(names)}" for source, names in sources.items())
+    return (
+        f"Batch {' and '.join(map(str, sizes))}; multiply-adds (MACs) and times of one image; AGC in the step of "
+        "normalizer-free networks; peak: what a step allocates on top of parameters and optimizer state; accuracy as "
+        f"published, not trained here ({cited})."
+    )
+
+
+def megabytes(timing: Timing) -> str:
+    """The memory that a call needs at most, where it was measured."""
+    return "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e6:.0f}"
 
 
 def training_row(training: Training) -> list[str]:
@@ -146,6 +187,10 @@ def readme_section(all_results: Iterable[Results]) -> str:
         rows = [row for bench, title in BENCHES.items() for row in readme_rows(results, bench, title)]
         columns = ["Work", "nfnets_kernels", "Peers (time / ours)", "Memory bandwidth reached"]
         parts.append(f"**{machine_line(results)}**, by `{results.environment.command}`\n\n{markdown(columns, rows)}")
+        if results.models:
+            parts.append(
+                f"**{BENCHES['models']}.** {models_note(results.models)}\n\n{markdown(*table(results, 'models'))}"
+            )
     for kind, is_there in {
         "CPU": any(results.environment.gpu is None for results in all_results),
         "GPU": any(results.environment.gpu is not None for results in all_results),
@@ -157,6 +202,8 @@ def readme_section(all_results: Iterable[Results]) -> str:
 
 def readme_rows(results: Results, bench: str, title: str) -> list[list[str]]:
     """The rows of one bench in the README, below its title."""
+    if bench == "models" and results.models:
+        return []  # they have a table of their own
     cases = results.cases(bench).items()
     rows = [readme_row(case, timings, goal_for(results, bench, case)) for case, timings in cases]
     if bench == "convergence" and results.trainings:
@@ -173,7 +220,7 @@ def readme_row(case: str, timings: list[Timing], goal: Goal | None) -> list[str]
         if timing.role != "ours"
     )
     fraction = "-" if ours.bandwidth_fraction is None else f"{ours.bandwidth_fraction:.0%}"
-    reached = f"{fraction}; {goal.verdict(ours)}" if goal else fraction
+    reached = f"{fraction}; {goal.verdict(timings)}" if goal else fraction
     return [case, f"{milliseconds(ours.median_ms)} ms", against, reached]
 
 

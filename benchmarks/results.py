@@ -15,6 +15,7 @@ BENCHES = {
     "residual": "Residual epilogue",
     "host": "Host time of one call",
     "step": "Training step and inference",
+    "models": "Networks at the size they are trained at",
     "convergence": "Training on handwritten digits",
 }
 
@@ -32,8 +33,8 @@ class Timing:
     exceed 1 where data is still in a cache. ``traffic_bytes`` is their number.
 
     On a GPU the times are those of the device, for plain calls or for replays of a CUDA graph, or those of the host
-    until a plain call returns (``method``); ``host_ms`` is the latter beside the former, ``peak_bytes`` the memory that
-    a call needs.
+    until a plain call returns (``method``); ``host_ms`` is the latter beside the former. ``peak_bytes``, where it was
+    measured, is the memory that a call needs at most.
     """
 
     bench: str
@@ -67,6 +68,40 @@ class Training:
 
 
 @dataclass(frozen=True)
+class ModelFigures:
+    """What is known of a network besides its times, which are timings of the bench "models" under the same name.
+
+    They are those of the cases ``training_case`` and ``inference_case``. ``multiply_adds`` are an image's. ``accuracy``
+    is the ImageNet top-1 accuracy in percent that ``source`` publishes, None where there is none to cite.
+    """
+
+    contestant: str
+    role: Role
+    case: str
+    batch_size: int
+    image_size: int
+    parameters: int
+    multiply_adds: int
+    accuracy: float | None
+    source: str
+
+    @property
+    def architecture(self) -> str:
+        """What several libraries may offer."""
+        return self.case.split(",")[0]
+
+    @property
+    def training_case(self) -> str:
+        """The case in which its training step is timed."""
+        return f"{self.case}, training step"
+
+    @property
+    def inference_case(self) -> str:
+        """The case in which its inference is timed."""
+        return f"{self.case}, inference"
+
+
+@dataclass(frozen=True)
 class Incident:
     """A figure that is missing or, if disturbed, not to be trusted, and why."""
 
@@ -84,6 +119,7 @@ class Results:
     bandwidth: dict[str, float] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
+    models: list[ModelFigures] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
 
     def cases(self, bench: str) -> dict[str, list[Timing]]:
@@ -93,6 +129,12 @@ class Results:
             if timing.bench == bench:
                 grouped.setdefault(timing.case, []).append(timing)
         return grouped
+
+    def times(self, model: ModelFigures) -> tuple[Timing | None, Timing | None]:
+        """How long a network took for a training step and for inference, where that was measured."""
+        timings = {(one.case, one.contestant): one for one in self.timings if one.bench == "models"}
+        training, inference = ((case, model.contestant) for case in (model.training_case, model.inference_case))
+        return timings.get(training), timings.get(inference)
 
     def save(self, folder: Path) -> None:
         """Write ``results.json`` and ``results.csv``."""
@@ -117,5 +159,6 @@ class Results:
             bandwidth=stored["bandwidth"],
             timings=[Timing(**row) for row in stored["timings"]],
             trainings=[Training(**row) for row in stored["trainings"]],
+            models=[ModelFigures(**row) for row in stored.get("models", [])],  # older results have none
             incidents=[Incident(**row) for row in stored["incidents"]],
         )

@@ -1,0 +1,151 @@
+"""What the benchmarks of whole networks share: a network with its gradient clipping, a batch, a step, an inference."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nfnets_kernels as nfk
+from benchmarks import peers
+from benchmarks.harness import BenchmarkError, Comparison, Contestant, to_channels_last
+from benchmarks.results import Role
+
+CLASSES = 1000
+CLIP_FACTOR = 0.01
+# Small enough for random labels to keep every network finite however many rounds are run.
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a network is trained on, and in which precision."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    autocast: bool
+
+    @classmethod
+    def random(cls, device: str, batch_size: int, image_size: int, autocast: bool = False) -> "Batch":
+        """Random images in channels_last and random labels."""
+        images = torch.randn((batch_size, 3, image_size, image_size), device=device)
+        labels = torch.randint(CLASSES, (batch_size,), device=device)
+        return cls(images.contiguous(memory_format=torch.channels_last), labels, autocast)
+
+    def __str__(self) -> str:
+        return f"batch {len(self.images)} at {self.images.shape[-1]}"
+
+    def forward(self, model: nn.Module) -> torch.Tensor:
+        """Logits in the batch's precision."""
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.autocast):
+            return model(self.images)
+
+    @torch.no_grad()
+    def infer(self, model: nn.Module) -> torch.Tensor:
+        """Logits without a graph."""
+        return self.forward(model)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, the gradient clipping that it is trained with, and the package's ops that training must run."""
+
+    name: str
+    model: nn.Module
+    clip: Callable[[], None]
+    role: Role = "peer"
+    ops: tuple[str, ...] = ()
+
+
+def clipped_by_ours(name: str, model: nn.Module, device: str, classifier: str = "fc") -> Network:
+    """A network of the package's modules, in channels_last, whose gradients the package clips."""
+    model = to_channels_last(model, device)
+    clip = nfk.AGC(model, CLIP_FACTOR, exclude=(classifier,)).clip_
+    return Network(name, model, clip, "ours", ("agc", "weight_standardize"))
+
+
+def clipped_by_timm(name: str, model: nn.Module, device: str) -> Network:
+    """A network in channels_last whose gradients timm clips."""
+    model = to_channels_last(model, device)
+    return Network(name, model, partial(peers.adaptive_clip_grad, clipped_parameters(model), CLIP_FACTOR))
+
+
+def unclipped(name: str, model: nn.Module, device: str) -> Network:
+    """A BatchNorm network in channels_last, which trains without gradient clipping."""
+    return Network(name, to_channels_last(model, device), lambda: None)
+
+
+def clipped_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but the classifier's, which gradient clipping leaves alone."""
+    return [param for name, param in model.named_parameters() if not name.startswith(("fc.", "head.fc."))]
+
+
+def training(bench: str, case: str, networks: Sequence[Network], batch: Batch, optional: bool = False) -> Comparison:
+    """Forward, cross-entropy, backward, gradient clipping and SGD with Nesterov momentum; the memory of it too."""
+    for network in networks:
+        network.model.train()
+    return Comparison(
+        bench=bench,
+        case=case,
+        contestants=[
+            Contestant(network.name, training_step(network, batch), network.role, network.ops, optional)
+            for network in networks
+        ],
+        check=check_loss,
+        # A step then allocates its gradients, as its peak should count.
+        setup=partial(drop_gradients, networks),
+        graphed=False,
+        memory=True,
+    )
+
+
+def training_step(network: Network, batch: Batch) -> Callable[[], torch.Tensor]:
+    """One step as a function that returns the loss."""
+    # The fused optimizer is the fastest one on CPU and GPU alike.
+    optimizer = torch.optim.SGD(
+        network.model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-5, fused=True
+    )
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(batch.forward(network.model), batch.labels)
+        loss.backward()
+        network.clip()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def drop_gradients(networks: Sequence[Network]) -> None:
+    """Free the gradients of the last step."""
+    for network in networks:
+        network.model.zero_grad(set_to_none=True)
+
+
+def check_loss(name: str, value: object) -> None:
+    """Raise ``BenchmarkError`` unless the loss is finite."""
+    if not isinstance(value, torch.Tensor) or not value.isfinite():
+        raise BenchmarkError(f"{name}: the loss is {value}")
+
+
+def inference(bench: str, case: str, networks: Sequence[Network], batch: Batch, optional: bool = False) -> Comparison:
+    """The forward pass in eval mode without grad."""
+    return Comparison(
+        bench=bench,
+        case=case,
+        contestants=[
+            Contestant(network.name, partial(batch.infer, network.model.eval()), network.role, optional=optional)
+            for network in networks
+        ],
+        check=check_logits,
+        graphed=False,
+    )
+
+
+def check_logits(name: str, value: object) -> None:
+    """Raise ``BenchmarkError`` unless the logits are finite."""
+    if not isinstance(value, torch.Tensor) or not value.isfinite().all():
+        raise BenchmarkError(f"{name}: the logits are not finite")
