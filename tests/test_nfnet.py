@@ -1,4 +1,4 @@
-"""NFNet and NF-RegNet: the authors' numbers, their forward passes written out in float64, sizes, options of all networks."""
+"""NFNet and NF-RegNet: the authors' numbers, their forward passes in float64, sizes, options."""
 
 import copy
 import pickle
@@ -243,7 +243,8 @@ def test_checkpointing_keeps_random_numbers_and_saves_memory(make):
         count = [0]
 
         def pack(tensor: Tensor, count: list[int] = count) -> Tensor:
-            count[0] += tensor.numel() if tensor.ndim == 4 and len(tensor) == len(x) else 0
+            of_blocks = tensor.ndim == 4 and len(tensor) == len(x) and tensor.shape[-1] <= 16  # the stem has 32
+            count[0] += tensor.numel() if of_blocks else 0
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -303,7 +304,8 @@ def test_copies_exports_and_autocast_compute_the_same(make):
     ("kind", "argument", "value"),
     [(NFNet, "width", (32, 48, 64)), (NFNet, "group_width", 0), (NFNet, "group_width", 64), (NFNet, "attention", "x"),
      (NFNet, "numerics", "x"), (NFNet, "approximate", "erf"), (NFNet, "num_classes", -1),
-     (NFNet, "depth", (1, 0, 1, 1)), (NFRegNet, "width", (4, 48, 64, 64)), (NFRegNet, "drop_rate", 1.5), (NFRegNet, "activation", "swish")],
+     (NFNet, "depth", (1, 0, 1, 1)), (NFRegNet, "width", (4, 48, 64, 64)), (NFRegNet, "drop_rate", 1.5),
+     (NFRegNet, "activation", "swish")],
 )  # fmt: skip
 def test_bad_arguments_are_named(kind, argument, value):
     with pytest.raises(ValueError, match=argument):
