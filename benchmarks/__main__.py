@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and networks (default: 0)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds per timing (default: what the time allows)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="of the training step (default: 8, on a GPU 128)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of the training step (default: 8, on a GPU 256)")
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="of the training step (default: 224)")
     parser.add_argument(
         "--keep-memory",
@@ -71,7 +71,7 @@ def main() -> int:
         quick=not arguments.full,
         seed=arguments.seed,
         rounds=arguments.rounds,
-        batch_size=arguments.batch_size or (8 if device == "cpu" else 128),
+        batch_size=arguments.batch_size or (8 if device == "cpu" else 256),
         image_size=arguments.image_size,
     )
     results = Results(Environment.record(device, arguments.keep_memory and keep_freed_memory()))

@@ -12,6 +12,7 @@ import torch
 
 import nfnets_kernels as nfk
 from benchmarks import peers
+from benchmarks.goals import ACCELERATED, compiled_case
 from benchmarks.harness import Session
 from benchmarks.memory import available_memory, peak_tensor_memory
 from benchmarks.results import Incident, ModelFigures
@@ -21,6 +22,7 @@ from benchmarks.training import (
     Network,
     clipped_by_ours,
     clipped_by_timm,
+    compiled,
     inference,
     training,
     training_step,
@@ -72,6 +74,8 @@ class Architecture:
     makes: Sequence[Make]
     accuracy: float | None = None
     source: str = ""
+    compiled: bool = False
+    """on a GPU, also under torch.compile, which takes minutes"""
 
 
 def run(session: Session) -> None:
@@ -102,8 +106,18 @@ def measure(session: Session, architecture: Architecture) -> None:
     rounds = None if settings.on_gpu else ROUNDS_QUICK if settings.quick else ROUNDS_FULL
     steps = training(BENCH, figures[0].training_case, networks, batch, optional)
     session.compare(replace(steps, rounds=rounds))
+    if settings.on_gpu and architecture.compiled:
+        steps = training(
+            BENCH, compiled_case(figures[0].training_case), compiled_beside(networks), batch, optional=True
+        )
+        session.compare(replace(steps, rounds=rounds))
     forwards = inference(BENCH, figures[0].inference_case, networks, batch, optional)
     session.compare(replace(forwards, rounds=rounds))
+
+
+def compiled_beside(networks: list[Network]) -> list[Network]:
+    """Ours, and under torch.compile ours and timm's."""
+    return [networks[0], *(compiled(network) for network in networks if not network.name.endswith("accelerated"))]
 
 
 def fits(session: Session, network: Network, batch: Batch, case: str) -> bool:
@@ -162,7 +176,7 @@ def architectures() -> Iterator[Architecture]:
                 partial(make, "dm_nfnet_f0", drop_path_rate=STOCHASTIC_DEPTH) for make in (from_timm, accelerated)
             ]
         source = f"{BROCK}, with SAM" if variant == "f6" else BROCK
-        yield Architecture(f"NFNet-{variant.upper()}", size, makes, accuracy, source)
+        yield Architecture(f"NFNet-{variant.upper()}", size, makes, accuracy, source, compiled=variant == "f0")
 
 
 def ours(name: str, device: str, **options: Any) -> Network:
@@ -179,7 +193,7 @@ def from_timm(name: str, device: str, **options: Any) -> Network:
 def accelerated(name: str, device: str, **options: Any) -> Network:
     """A normalizer-free network of timm with the package's kernels and clipping."""
     model = accelerate(peers.create_model(name, num_classes=CLASSES, **options))
-    return clipped_by_ours(f"timm {name}, accelerated", model, device, classifier="head.fc")
+    return clipped_by_ours(ACCELERATED.format(f"timm {name}"), model, device, classifier="head.fc")
 
 
 def batch_normalized_from_timm(name: str, device: str) -> Network:

@@ -11,6 +11,7 @@ import nfnets_kernels as nfk
 from benchmarks import peers
 from benchmarks import training as shared
 from benchmarks.bn_resnet import BNResNet
+from benchmarks.goals import TIMM, TORCHVISION, TWIN, compiled_case
 from benchmarks.harness import BenchmarkError, Comparison, Session, assert_all_close, assert_close
 from benchmarks.training import CLASSES, CLIP_FACTOR, Batch, Network, clipped_parameters
 
@@ -30,15 +31,17 @@ def run(session: Session) -> None:
     for title, autocast in session.track([(single, False), ("bfloat16 autocast", True)], BENCH):
         session.compare(training(title, networks, replace(batch, autocast=autocast)))
         session.compare(inference(title, networks, replace(batch, autocast=autocast)))
+    if settings.on_gpu:  # last, since compiling takes minutes
+        session.compare(training_compiled("bfloat16 autocast", networks[:3], replace(batch, autocast=True)))
 
 
 def make_networks(device: str) -> list[Network]:
     """The four networks; ours first."""
     return [
         shared.clipped_by_ours(OURS, nfk.models.nf_resnet50(num_classes=CLASSES), device),
-        shared.clipped_by_timm("timm nf_resnet50", peers.create_model("nf_resnet50", num_classes=CLASSES), device),
-        shared.unclipped("BatchNorm twin", BNResNet(num_classes=CLASSES), device),
-        shared.unclipped("torchvision resnet50", peers.resnet50(num_classes=CLASSES), device),
+        shared.clipped_by_timm(TIMM, peers.create_model("nf_resnet50", num_classes=CLASSES), device),
+        shared.unclipped(TWIN, BNResNet(num_classes=CLASSES), device),
+        shared.unclipped(TORCHVISION, peers.resnet50(num_classes=CLASSES), device),
     ]
 
 
@@ -52,6 +55,13 @@ def training(title: str, networks: list[Network], batch: Batch) -> Comparison:
             check_clipping(networks[0], batch)
 
     return replace(comparison, check=check)
+
+
+def training_compiled(title: str, networks: list[Network], batch: Batch) -> Comparison:
+    """A step of ours, and of each network under torch.compile."""
+    contestants = [networks[0], *map(shared.compiled, networks)]
+    case = compiled_case(f"training step, {batch}, {title}")
+    return shared.training(BENCH, case, contestants, batch, optional=True)
 
 
 def check_clipping(network: Network, batch: Batch) -> None:

@@ -12,7 +12,8 @@ from benchmarks.results import NOT_MEASURED, Results, Timing
 class Goal:
     """Time, share of the measured memory bandwidth, or memory that our first contestant should reach in a case.
 
-    Memory is a share of what another contestant, ``against``, needs. ``machine``: with a GPU, or with a CPU alone.
+    Memory is a share of what another contestant, ``against``, needs, and speed a multiple of its own. ``machine``: with
+    a GPU, or with a CPU alone. ``contestant``: another one than the first.
     """
 
     bench: str
@@ -20,7 +21,9 @@ class Goal:
     at_most_us: float | None = None
     at_least_bandwidth: float | None = None
     at_most_memory: float | None = None
+    at_least_speed: float | None = None
     against: str = ""
+    contestant: str = ""
     machine: Literal["GPU", "CPU"] = "GPU"
 
     def __str__(self) -> str:
@@ -28,6 +31,8 @@ class Goal:
             return f"at most {self.at_most_us:.0f} us"
         if self.at_most_memory is not None:
             return f"at most {self.at_most_memory:.2f}x the memory of {self.against}"
+        if self.at_least_speed is not None:
+            return f"at least {self.at_least_speed:.2f}x as fast as {self.against}"
         return f"at least {self.at_least_bandwidth:.0%} of bandwidth"
 
     def verdict(self, timings: Sequence[Timing]) -> str:
@@ -42,15 +47,21 @@ class Goal:
         """What was reached, and whether that is enough."""
         if not timings:
             return None
-        ours = timings[0]
+        named = {one.contestant: one for one in timings}
+        ours = named.get(self.contestant) if self.contestant else timings[0]
+        theirs = named.get(self.against)
+        if ours is None or (self.against and theirs is None):
+            return None
         if self.at_most_us is not None:
             return f"{1e3 * ours.median_ms:.1f} us", 1e3 * ours.median_ms <= self.at_most_us
-        if self.at_most_memory is not None:
-            theirs = next((one.peak_bytes for one in timings if one.contestant == self.against), None)
-            if ours.peak_bytes is None or not theirs:
+        if theirs is not None and self.at_least_speed is not None:
+            speed = theirs.median_ms / ours.median_ms
+            return f"{speed:.2f}x", speed >= self.at_least_speed
+        if theirs is not None and self.at_most_memory is not None:
+            if ours.peak_bytes is None or not theirs.peak_bytes:
                 return None
-            share = ours.peak_bytes / theirs
-            text = f"{ours.peak_bytes / 1e6:.0f} MB, {share:.3f}x the {theirs / 1e6:.0f} MB"
+            share = ours.peak_bytes / theirs.peak_bytes
+            text = f"{ours.peak_bytes / 1e6:.0f} MB, {share:.3f}x the {theirs.peak_bytes / 1e6:.0f} MB"
             return text, share <= self.at_most_memory
         fraction = ours.bandwidth_fraction or 0.0
         return f"{fraction:.1%}", fraction >= (self.at_least_bandwidth or 0.0)
@@ -59,7 +70,26 @@ class Goal:
 # What is timed of a call that ends in a launch, on a GPU and without one.
 ON_GPU = "host time"
 STUBBED = "host time, launch stubbed"
+
+# The networks of the benchmarks of whole networks.
 TWIN = "BatchNorm twin"
+TIMM = "timm nf_resnet50"
+TORCHVISION = "torchvision resnet50"
+TIMM_F0 = "timm dm_nfnet_f0"
+COMPILED = "{}, torch.compile"
+ACCELERATED = "{}, accelerated"
+
+
+def compiled_case(case: str) -> str:
+    """The case in which networks are compared with what torch.compile makes of them."""
+    return f"{case}, with torch.compile"
+
+
+STEP, INFERENCE = "training step, batch 8 at 224, float32", "inference, batch 8 at 224, float32"
+GPU_STEP = "training step, batch 256 at 224, bfloat16 autocast"
+F0_STEP, GPU_F0_STEP = (
+    f"NFNet-F0, batch {how}, training step" for how in ("8 at 192, float32", "256 at 192, bfloat16 autocast")
+)
 
 GOALS = (
     Goal("agc", "NF-ResNet-50, none clipped", at_most_us=55),
@@ -91,14 +121,26 @@ GOALS = (
         for layout, dtype, direction in product(("NHWC", "NCHW"), ("float32", "bfloat16"), ("forward", "backward"))
     ),
     # Without BatchNorm a block keeps no second copy of its convolutions' outputs for the backward pass.
-    Goal("step", "training step, batch 8 at 224, float32", at_most_memory=0.75, against=TWIN, machine="CPU"),
-    Goal("step", "training step, batch 128 at 224, bfloat16 autocast", at_most_memory=0.75, against=TWIN),
+    Goal("step", STEP, at_most_memory=0.75, against=TWIN, machine="CPU"),
+    Goal("step", STEP, at_least_speed=1.15, against=TWIN, machine="CPU"),
+    Goal("step", STEP, at_least_speed=1.3, against=TIMM, machine="CPU"),
+    Goal("step", INFERENCE, at_least_speed=1.25, against=TIMM, machine="CPU"),
+    Goal("step", INFERENCE, at_least_speed=1.0, against=TORCHVISION, machine="CPU"),
+    Goal("models", F0_STEP, at_least_speed=1.2, against=TIMM_F0, contestant=ACCELERATED.format(TIMM_F0), machine="CPU"),
+    Goal("step", GPU_STEP, at_most_us=256 / 10_500 * 1e6),
+    Goal("step", GPU_STEP, at_most_memory=0.75, against=TWIN),
+    Goal("step", GPU_STEP, at_least_speed=1.5, against=TWIN),
+    Goal("step", GPU_STEP, at_least_speed=1.7, against=TIMM),
+    Goal("step", compiled_case(GPU_STEP), at_least_speed=1.25, against=COMPILED.format(TWIN)),
+    Goal("step", compiled_case(GPU_STEP), at_least_speed=1.15, against=COMPILED.format(TIMM)),
+    Goal("models", GPU_F0_STEP, at_least_speed=1.8, against=TIMM_F0),
+    Goal("models", compiled_case(GPU_F0_STEP), at_least_speed=1.2, against=COMPILED.format(TIMM_F0)),
 )
 
 
-def goal_for(results: Results, bench: str, case: str) -> Goal | None:
-    """The goal of a case on the machine of some results, where it has one."""
-    return next((goal for goal in goals_of(results) if (goal.bench, goal.case) == (bench, case)), None)
+def verdicts(results: Results, bench: str, case: str, timings: Sequence[Timing]) -> str:
+    """Whether the goals of a case on the machine of some results are met, in words; empty where it has none."""
+    return "; ".join(goal.verdict(timings) for goal in goals_of(results) if (goal.bench, goal.case) == (bench, case))
 
 
 def goals_of(results: Results) -> list[Goal]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import REPOSITORY
-from benchmarks.goals import Goal, goal_for, goal_rows
+from benchmarks.goals import goal_rows, verdicts
 from benchmarks.plots import save_plots
 from benchmarks.results import BENCHES, NOT_MEASURED, ModelFigures, Results, Timing, Training
 
@@ -88,8 +88,8 @@ def table(results: Results, bench: str) -> tuple[list[str], list[list[str]]]:
         for index, timing in enumerate(timings):
             # The name of a case stands once, at the first of its contestants.
             row = timing_row(timing, timing.case if index == 0 else "")
-            goal = goal_for(results, bench, timing.case) if index == 0 else None
-            rows.append(row + gpu_cells(timing, goal, timings) if on_gpu else row)
+            reached = verdicts(results, bench, timing.case, timings) if index == 0 else ""
+            rows.append(row + gpu_cells(timing, reached) if on_gpu else row)
     return COLUMNS["timings"] + (COLUMNS["on a GPU"] if on_gpu else []), rows
 
 
@@ -106,13 +106,13 @@ def timing_row(timing: Timing, case: str) -> list[str]:
     ]
 
 
-def gpu_cells(timing: Timing, goal: Goal | None, timings: list[Timing]) -> list[str]:
-    """What is measured on a GPU only, and whether the goal is met."""
+def gpu_cells(timing: Timing, reached: str) -> list[str]:
+    """What is measured on a GPU only, and whether the goals are met."""
     return [
         timing.method,
         "-" if timing.host_ms is None else milliseconds(timing.host_ms),
         megabytes(timing),
-        goal.verdict(timings) if goal else "-",
+        reached or "-",
     ]
 
 
@@ -205,14 +205,14 @@ def readme_rows(results: Results, bench: str, title: str) -> list[list[str]]:
     if bench == "models" and results.models:
         return []  # they have a table of their own
     cases = results.cases(bench).items()
-    rows = [readme_row(case, timings, goal_for(results, bench, case)) for case, timings in cases]
+    rows = [readme_row(case, timings, verdicts(results, bench, case, timings)) for case, timings in cases]
     if bench == "convergence" and results.trainings:
         rows = [readme_training_row(results.trainings)]
     return [[f"**{title}**", "", "", ""], *rows] if rows else [[f"**{title}**", *[NOT_MEASURED] * 3]]
 
 
-def readme_row(case: str, timings: list[Timing], goal: Goal | None) -> list[str]:
-    """Our first contestant against all that are not ours, and against its goal."""
+def readme_row(case: str, timings: list[Timing], reached: str) -> list[str]:
+    """Our first contestant against all that are not ours, and against its goals."""
     ours, *others = timings
     against = "; ".join(
         f"{timing.contestant} {milliseconds(timing.median_ms)} ms ({timing.relative_time:.2f}x)"
@@ -220,8 +220,8 @@ def readme_row(case: str, timings: list[Timing], goal: Goal | None) -> list[str]
         if timing.role != "ours"
     )
     fraction = "-" if ours.bandwidth_fraction is None else f"{ours.bandwidth_fraction:.0%}"
-    reached = f"{fraction}; {goal.verdict(timings)}" if goal else fraction
-    return [case, f"{milliseconds(ours.median_ms)} ms", against, reached]
+    last = f"{fraction}; {reached}" if reached else fraction
+    return [case, f"{milliseconds(ours.median_ms)} ms", against, last]
 
 
 def readme_training_row(trainings: list[Training]) -> list[str]:
