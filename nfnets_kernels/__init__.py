@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import backend, diagnostics, functional, integrations, models, modules, optim
+from . import backend, deployment, diagnostics, functional, integrations, models, modules, optim
 from .functional import agc_
 from .modules import (
     BatchedWeightStandardization,

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import nfnets_kernels as nfk
@@ -130,7 +130,9 @@ def test_a_layer_in_another_mode_than_the_model_computes_as_alone(mode):
     assert_same(actual, expected)
     assert actual.requires_grad == expected.requires_grad == (mode != "no grad")
     if mode != "no grad":
-        grads = [torch.autograd.grad(out.float().sum(), [*m.parameters()]) for out, m in ((actual, owned), (expected, model))]
+        grads = [
+            torch.autograd.grad(out.float().sum(), [*m.parameters()]) for out, m in ((actual, owned), (expected, model))
+        ]
         assert_same(*grads)
 
 

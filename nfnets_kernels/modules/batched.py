@@ -93,8 +93,10 @@ class BatchedWeightStandardization:
     """Standardizes all weights of a model's layers in one launch per group, through forward pre-hooks.
 
     For any model that holds `WSConv2d` and its like, or timm's layers after `integrations.timm.accelerate`. Values and
-    gradients are those of the model alone, bit for bit (up to rounding for a layer called twice, whose gradients are added
-    earlier). The model is owned until `remove`; copies and pickles of it are owned too. In eval mode without grad the layers keep their weights as ever, and nothing is launched.
+    gradients are those of the model alone, bit for bit (up to rounding for a layer called twice, whose gradients are
+    added earlier). The model is owned until `remove`; copies and pickles of it are owned too. In eval mode without grad
+    the layers keep their weights as ever, and nothing is launched. Layers whose weight pruning or a parametrization
+    makes are left to themselves.
 
     The weights are prepared for the first tensor that the group's module is called with: in its channels_last format,
     and in the autocast dtype. A layer with `requests()` above it gets what that says (`models.blocks.ResidualBlock`
