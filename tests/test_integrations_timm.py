@@ -99,8 +99,18 @@ def test_families_are_timms_in_float64(name, size):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_timms_in_float32(name):
     theirs, x = make(name), image()
-    assert_like_timm(accelerated(theirs), theirs, x, 2e-5)
-    assert relative_error(accelerated(theirs)(x), theirs(x)) < 1e-5
+    double = copy.deepcopy(theirs).double()
+    exact, model = gains_together(results(double, double, x.double())), accelerated(theirs)
+    assert relative_error(model(x), theirs(x)) < 1e-5
+    for part, value in gains_together(results(model, model, x)).items():
+        assert relative_error(value, exact[part]) < 1e-5, part
+
+
+def gains_together(values):
+    """The gradients of all skip gains as one vector: one of them, a sum over millions, may all but cancel."""
+    gains = [value for part, value in values.items() if part.endswith("skipinit_gain")]
+    others = {part: value for part, value in values.items() if not part.endswith("skipinit_gain")}
+    return others | ({"skip gains": torch.stack(gains)} if gains else {})
 
 
 @pytest.mark.slow

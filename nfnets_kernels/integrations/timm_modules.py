@@ -12,6 +12,7 @@ from typing import Any
 from timm.layers import DropPath, EcaModule, ScaledStdConv2d, ScaledStdConv2dSame
 from timm.models.nfnet import GammaAct, NormFreeBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import functional
 from ..models.blocks import ResidualBlock, activate
@@ -61,14 +62,19 @@ class AcceleratedGammaAct(GammaAct):
         return functional.scaled_activation(x, self.activation, self.gamma, approximate=self.approximate)
 
 
+def _linear(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
 def attention_logits(attention: Any, x: Tensor) -> Tensor:
     """(N, C, H, W) to the logits (N, C) of timm's SEModule or EcaModule."""
     pooled = x.mean((2, 3))
     if isinstance(attention, EcaModule):
         logits = attention.conv(pooled[:, None])
         return (logits if attention.conv2 is None else attention.conv2(attention.act(logits)))[:, 0]
-    hidden = attention.act(attention.bn(attention.fc1(pooled[:, :, None, None])))
-    return attention.fc2(hidden)[:, :, 0, 0]
+    # Of one pixel each, timm's 1x1 convolutions are linear layers, in which oneDNN is twice as fast.
+    hidden = attention.act(attention.bn(_linear(attention.fc1, pooled)[:, :, None, None]))
+    return _linear(attention.fc2, hidden[:, :, 0, 0])
 
 
 class AcceleratedBlock(ResidualBlock, NormFreeBlock):
