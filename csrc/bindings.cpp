@@ -87,17 +87,20 @@ void scaled_activation(int64_t x, int64_t grad, int64_t out, int dtype, int64_t 
   });
 }
 
-// Addresses in the order of ResidualTensor, 0 for what is absent; grad_h = 0: forward.
-void residual(const std::array<int64_t, 11>& p, int dtype, int64_t samples, int64_t channels, int64_t space,
-              bool channels_last, int activation, double scale, int threads) {
-  const nfk::ResidualTensor tensor{pointer(p[0]), pointer(p[1]), pointer(p[2]),  pointer(p[3]),
-                                   pointer(p[4]), pointer(p[5]), pointer(p[6]),  pointer(p[7]),
-                                   pointer(p[8]), pointer(p[9]), pointer(p[10]), static_cast<DType>(dtype),
-                                   samples,       channels,      space,          channels_last};
+// Addresses in the order of ResidualTensor, 0 for what is absent; grad_shortcut = 0: forward.
+void residual(const std::array<int64_t, 13>& p, int dtype, int64_t samples, int64_t channels, int64_t space,
+              bool channels_last, int64_t unit_pixels, int64_t unit_channels, int activation, double scale,
+              int threads) {
+  const nfk::ResidualTensor tensor{pointer(p[0]),  pointer(p[1]),  pointer(p[2]),  pointer(p[3]),
+                                   pointer(p[4]),  pointer(p[5]),  pointer(p[6]),  pointer(p[7]),
+                                   pointer(p[8]),  pointer(p[9]),  pointer(p[10]), pointer(p[11]),
+                                   pointer(p[12]), static_cast<DType>(dtype),      samples,
+                                   channels,       space,          channels_last,  unit_pixels,
+                                   unit_channels};
   std::vector<nfk::cpu::Task> tasks;
   nfk::cpu::append_tasks(tasks, 0, nfk::residual_units(tensor));
   const auto& kernels = nfk::cpu::kernels();
-  const auto kernel = tensor.grad_h ? kernels.residual_backward : kernels.residual;
+  const auto kernel = tensor.grad_shortcut ? kernels.residual_backward : kernels.residual;
   nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
     kernel(tensor, static_cast<nfk::Activation>(activation), scale, task.first, task.last);
   });

@@ -50,32 +50,39 @@ struct ActivationTensor {
 struct ResidualTensor {
   const void* f;         // backward: needed for sums only
   const void* shortcut;  // forward
-  void* h;               // forward
+  void* h;               // forward; may be f
   void* a;               // forward
-  const void* grad_h;    // backward, like all below
+  const void* grad_h;    // backward, like all below; null: 0
   const void* grad_a;
   const void* saved;  // h, or ReLU's output
   void* grad_shortcut;
   void* grad_f;         // null where factor is
   const void* factor;   // (samples, channels) in the accumulation type; null: 1
-  void* sums;           // (samples, channels): gradient of factor; may be null
+  void* sums;           // one row of channels per block of pixels: gradient of factor; may be null
+  const void* bias;     // forward: (channels) in the accumulation type; null: 0
+  void* bias_sums;      // as sums: gradient of bias
   DType dtype;
   int64_t samples;
   int64_t channels;
   int64_t space;
   bool channels_last;
+  // What a unit of a channels_last tensor holds: so many pixels of a sample, so many channels of each.
+  int64_t unit_pixels;
+  int64_t unit_channels;
 };
 
-// Channels that one unit of a channels_last tensor with a factor holds: 512 bytes of float32 per pixel.
-constexpr int64_t kChannelBlock = 128;
+inline int64_t channel_blocks(const ResidualTensor& t) { return (t.channels + t.unit_channels - 1) / t.unit_channels; }
 
-inline int64_t channel_blocks(const ResidualTensor& t) { return (t.channels + kChannelBlock - 1) / kChannelBlock; }
+inline int64_t pixel_blocks(const ResidualTensor& t) { return (t.space + t.unit_pixels - 1) / t.unit_pixels; }
 
-// Without a factor every element is a unit; with one, a channel of a sample, or a block of channels where they lie last.
+// Whether all channels are treated alike: then the tensor is one run of elements.
+inline bool is_flat(const ResidualTensor& t) { return !t.factor && !t.bias && !t.bias_sums; }
+
+// Every element of a flat tensor is a unit; else a channel of a sample, or a block of pixels where channels lie last.
 inline Units residual_units(const ResidualTensor& t) {
-  if (!t.factor) return {t.samples * t.channels * t.space, 1};
+  if (is_flat(t)) return {t.samples * t.channels * t.space, 1};
   if (!t.channels_last) return {t.samples * t.channels, t.space};
-  return {t.samples * channel_blocks(t), t.space * kChannelBlock};
+  return {t.samples * pixel_blocks(t) * channel_blocks(t), t.unit_pixels * t.unit_channels};
 }
 
 }  // namespace nfk

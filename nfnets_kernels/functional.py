@@ -154,15 +154,17 @@ def residual(
     skip_gain: Tensor | None = None,
     se: Tensor | None = None,
     keep: Tensor | None = None,
+    bias: Tensor | None = None,
     alpha: float = 1.0,
     activation: str = "relu",
     scale: float = 1.0,
     approximate: str = "none",
+    inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The end of a residual block and the start of the next one in one pass (Brock et al. 2021, section 3).
 
-    `h = alpha * skip_gain * keep * gate * f + shortcut` and `a = scale * act(h)`, gate = 2 * sigmoid(se).
+    `h = alpha * skip_gain * keep * gate * f + bias + shortcut` and `a = scale * act(h)`, gate = 2 * sigmoid(se).
 
     Args:
         f: (N, C, ...), the residual branch.
@@ -170,10 +172,14 @@ def residual(
         skip_gain: learnable scalar (SkipInit), shape ().
         se: (N, C) logits of squeeze and excite.
         keep: (N,) stochastic depth, 0 or 1 (or 1 / keep probability) per sample.
+        bias: (C,) of any of the floating dtypes; for instance the sum of the biases of the convolutions that computed f
+            and shortcut, whose gradients are the same.
         alpha: static scale of the branch.
         activation: an elementwise activation of `gamma`'s table.
         scale: static scale of the activation, for instance gamma times the next block's beta.
         approximate: for gelu, as in `scaled_activation`.
+        inplace: write h into f and return f as h, which saves a tensor of f's size. Where skip_gain, se and keep are
+            None: their gradients need f.
         backend: "auto", or a name that must serve or raise.
 
     Returns:
@@ -181,10 +187,15 @@ def residual(
 
     Raises:
         TypeError: a tensor that is not dense or not floating.
-        ValueError: shapes, dtypes or devices that do not fit, unknown activation or backend.
+        ValueError: shapes, dtypes or devices that do not fit, unknown activation or backend, inplace where not offered.
     """
-    ops.residual.check(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate)
-    return ops.residual.residual(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend)
+    ops.residual.check(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, bias)
+    if inplace:
+        ops.residual.check_inplace(skip_gain, se, keep)
+        return ops.residual.residual_(f, shortcut, alpha, activation, scale, approximate, backend, bias)
+    factors = skip_gain, se, keep, alpha
+    given = () if bias is None else (bias,)
+    return ops.residual.residual(f, shortcut, *factors, activation, scale, approximate, backend, *given)
 
 
 def agc_(

@@ -147,8 +147,8 @@ def scaled_activation(dtype: torch.dtype, name: str, layout: str = "contiguous",
 
 def residual(dtype: torch.dtype, name: str, layout: str = "contiguous", factors: tuple[str, ...] = FACTORS) -> None:
     f, shortcut = (LAYOUTS[layout](torch.ones(2, 32, 16, 16, dtype=dtype)).requires_grad_() for _ in range(2))
-    shapes = zip(FACTORS, ((), (2, 32), (2,)), strict=True)
-    given = {factor: torch.ones(s, dtype=dtype, requires_grad=True) for factor, s in shapes if factor in factors}
+    shapes = {"skip_gain": (), "se": (2, 32), "keep": (2,), "bias": (32,)}
+    given = {factor: torch.ones(shapes[factor], dtype=dtype, requires_grad=True) for factor in factors}
     outs = nfk.functional.residual(f, shortcut, **given, activation=name, backend="triton")
     torch.autograd.grad(outs, [f, shortcut, *given.values()], [LAYOUTS[layout](torch.ones_like(x)) for x in outs])
 
@@ -197,6 +197,8 @@ STREAMING: dict[str, Callable[..., None]] = {
     "scaled_activation bfloat16": partial(scaled_activation, BF16, "gelu"),
     "residual float32": partial(residual, F32, "gelu"),
     "residual bfloat16": partial(residual, BF16, "gelu"),
+    "residual bias float32": partial(residual, F32, "relu", factors=("bias",)),
+    "residual bias bfloat16": partial(residual, BF16, "relu", factors=("bias",)),
 }
 CASES: dict[str, Callable[[], None]] = {
     **{
@@ -223,6 +225,10 @@ CASES: dict[str, Callable[[], None]] = {
     "scaled_activation float64": partial(scaled_activation, F64, "gelu"),
     "scaled_activation float16": partial(scaled_activation, F16, "silu"),
     "residual no factor": partial(residual, BF16, "relu", factors=()),
+    "residual every factor and bias": partial(residual, BF16, "gelu", factors=(*FACTORS, "bias")),
+    "residual every factor and bias, float32 in channels_last": partial(
+        residual, F32, "gelu", layout="channels_last", factors=(*FACTORS, "bias")
+    ),
     "residual skip_gain": partial(residual, BF16, "relu", factors=("skip_gain",)),
     "residual float64": partial(residual, F64, "gelu"),
     "residual float16": partial(residual, F16, "silu"),

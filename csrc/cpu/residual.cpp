@@ -16,90 +16,117 @@ struct View {
   const T* in(const void* data) const { return static_cast<const T*>(data); }
   T* out(void* data) const { return static_cast<T*>(data); }
   const Acc* factor() const { return static_cast<const Acc*>(t.factor); }
+  const Acc* bias() const { return static_cast<const Acc*>(t.bias); }
   Acc* sums() const { return static_cast<Acc*>(t.sums); }
+  Acc* bias_sums() const { return static_cast<Acc*>(t.bias_sums); }
 };
 
-template <Activation A, class T, class Factor>
-void forward_run(const View<T>& v, int64_t offset, int64_t n, double scale, Factor factor) {
-  residual_run<A>(Team{}, v.in(v.t.f) + offset, v.in(v.t.shortcut) + offset, v.out(v.t.h) + offset,
-                  v.out(v.t.a) + offset, n, scale, factor);
-}
+// A dense run of elements, and where its (first) channel lies in what is smaller.
+struct Run {
+  int64_t offset;
+  int64_t n;
+  int64_t channel;  // of bias
+  int64_t factor;
+  int64_t sum;
+};
 
-template <Activation A, class T>
-StreamGradient<A, T> stream_gradient(const View<T>& v, int64_t offset, double scale) {
-  return {v.in(v.t.grad_h) + offset, v.in(v.t.grad_a) + offset, v.in(v.t.saved) + offset,
-          static_cast<typename View<T>::Acc>(scale)};
-}
+// A unit is one run: a channel of a sample.
+struct Contiguous {
+  template <class Acc>
+  using Varying = PerRun<Acc>;
 
-template <Activation A, class T, class Factor>
-void backward_run(const View<T>& v, int64_t offset, int64_t n, double scale, Factor factor) {
-  residual_backward_run(Team{}, stream_gradient<A>(v, offset, scale), v.out(v.t.grad_shortcut) + offset,
-                        v.out(v.t.grad_f) + offset, n, factor);
-}
-
-// Calls run(offset, n, channel index of the run's start) for every pixel of one block of channels of one sample.
-template <class F>
-void each_pixel(const ResidualTensor& t, int64_t unit, F run) {
-  const int64_t sample = unit / channel_blocks(t), channel = unit % channel_blocks(t) * kChannelBlock;
-  const int64_t n = std::min(kChannelBlock, t.channels - channel);
-  for (int64_t pixel = 0; pixel < t.space; ++pixel) {
-    run((sample * t.space + pixel) * t.channels + channel, n, sample * t.channels + channel);
+  template <class F>
+  static void each_run(const ResidualTensor& t, int64_t unit, F run) {
+    run(Run{unit * t.space, t.space, unit % t.channels, unit, unit});
   }
+
+  template <class Acc, class F>
+  static void add(Acc* sums, int64_t n, F f) {
+    *sums += Team{}.template sum<Acc>(n, f);
+  }
+};
+
+// A unit is a block of pixels, each a run of some channels; every block of pixels has its own row of sums.
+struct ChannelsLast {
+  template <class Acc>
+  using Varying = PerElement<Acc>;
+
+  template <class F>
+  static void each_run(const ResidualTensor& t, int64_t unit, F run) {
+    const int64_t row = unit / channel_blocks(t), channel = unit % channel_blocks(t) * t.unit_channels;
+    const int64_t n = std::min(t.unit_channels, t.channels - channel);
+    const int64_t sample = row / pixel_blocks(t), first = row % pixel_blocks(t) * t.unit_pixels;
+    const int64_t last = std::min(first + t.unit_pixels, t.space);
+    for (int64_t pixel = first; pixel < last; ++pixel) {
+      run(Run{(sample * t.space + pixel) * t.channels + channel, n, channel, sample * t.channels + channel,
+              row * t.channels + channel});
+    }
+  }
+
+  template <class Acc, class F>
+  static void add(Acc* sums, int64_t n, F f) {
+    Team{}.each(n, [=](int64_t i) { sums[i] += f(i); });
+  }
+};
+
+template <Activation A, class T, class Branch>
+void forward_run(const View<T>& v, int64_t offset, int64_t n, double scale, Branch branch) {
+  residual_run<A>(Team{}, v.in(v.t.f) + offset, v.in(v.t.shortcut) + offset, v.out(v.t.h) + offset,
+                  v.out(v.t.a) + offset, n, scale, branch);
+}
+
+template <Activation A, class Layout, class T>
+void forward_units(const View<T>& v, double scale, int64_t first, int64_t last) {
+  using Varying = typename Layout::template Varying<typename View<T>::Acc>;
+  const auto forward_one = [&](const Run& run) {
+    const auto forward_branch = [&](auto branch) { forward_run<A>(v, run.offset, run.n, scale, branch); };
+    if (!v.t.bias) return forward_branch(Scaled<Varying>{Varying(v.factor() + run.factor)});
+    const Varying bias(v.bias() + run.channel);
+    if (!v.t.factor) return forward_branch(Shifted<One, Varying>{One{}, bias});
+    forward_branch(Shifted<Varying, Varying>{Varying(v.factor() + run.factor), bias});
+  };
+  for (int64_t unit = first; unit < last; ++unit) Layout::each_run(v.t, unit, forward_one);
 }
 
 template <Activation A, class T>
 void forward(const View<T>& v, double scale, int64_t first, int64_t last) {
-  using Acc = typename View<T>::Acc;
-  const ResidualTensor& t = v.t;
-  if (!t.factor) return forward_run<A>(v, first, last - first, scale, One{});
-  for (int64_t unit = first; unit < last; ++unit) {
-    if (t.channels_last) {
-      each_pixel(t, unit, [&](int64_t offset, int64_t n, int64_t channel) {
-        forward_run<A>(v, offset, n, scale, PerElement<Acc>{v.factor() + channel});
-      });
-    } else {
-      forward_run<A>(v, unit * t.space, t.space, scale, PerRun<Acc>{v.factor()[unit]});
-    }
-  }
+  if (is_flat(v.t)) return forward_run<A>(v, first, last - first, scale, Scaled<One>{One{}});
+  if (v.t.channels_last) return forward_units<A, ChannelsLast>(v, scale, first, last);
+  forward_units<A, Contiguous>(v, scale, first, last);
 }
 
-template <Activation A, class T>
-void backward_channels_last(const View<T>& v, double scale, int64_t unit) {
-  using Acc = typename View<T>::Acc;
-  each_pixel(v.t, unit, [&](int64_t offset, int64_t n, int64_t channel) {
-    backward_run<A>(v, offset, n, scale, PerElement<Acc>{v.factor() + channel});
+template <class Layout, class T, class Gradient>
+void backward_units(const View<T>& v, const Gradient& of_all, int64_t first, int64_t last) {
+  using Varying = typename Layout::template Varying<typename View<T>::Acc>;
+  const auto backward_one = [&](const Run& run) {
+    const Gradient gradient = of_all.from(run.offset);
+    T* grad_shortcut = v.out(v.t.grad_shortcut) + run.offset;
+    const auto apply = [&](auto store) {
+      if (v.t.bias_sums) return Layout::add(v.bias_sums() + run.sum, run.n, store);
+      Team{}.each(run.n, store);
+    };
+    if (v.t.factor) {
+      const Varying factor(v.factor() + run.factor);
+      apply(StoreBoth<T, Gradient, Varying>{gradient, factor, grad_shortcut, v.out(v.t.grad_f) + run.offset});
+    } else {
+      apply(StoreShortcut<T, Gradient>{gradient, grad_shortcut});
+    }
     if (!v.t.sums) return;
-    Acc* sums = v.sums() + channel;
-    const auto gradient = stream_gradient<A>(v, offset, scale);
-    const T* f = v.in(v.t.f) + offset;
-    Team{}.each(n, [=](int64_t i) { sums[i] += gradient(i) * load(f[i]); });
-  });
+    // The run is now in the cache.
+    const T* f = v.in(v.t.f) + run.offset;
+    Layout::add(v.sums() + run.sum, run.n, [=](int64_t i) { return gradient(i) * load(f[i]); });
+  };
+  for (int64_t unit = first; unit < last; ++unit) Layout::each_run(v.t, unit, backward_one);
 }
 
-template <Activation A, class T>
-void backward_contiguous(const View<T>& v, double scale, int64_t unit) {
-  using Acc = typename View<T>::Acc;
-  const int64_t offset = unit * v.t.space;
-  backward_run<A>(v, offset, v.t.space, scale, PerRun<Acc>{v.factor()[unit]});
-  if (!v.t.sums) return;
-  const auto gradient = stream_gradient<A>(v, offset, scale);
-  const T* f = v.in(v.t.f) + offset;
-  v.sums()[unit] = Team{}.template sum<Acc>(v.t.space, [=](int64_t i) { return gradient(i) * load(f[i]); });
-}
-
-template <Activation A, class T>
-void backward(const View<T>& v, double scale, int64_t first, int64_t last) {
-  if (!v.t.factor) {
-    return residual_backward_run(Team{}, stream_gradient<A>(v, first, scale), v.out(v.t.grad_shortcut) + first,
-                                 last - first);
+template <class T, class Gradient>
+void backward(const View<T>& v, const Gradient& gradient, int64_t first, int64_t last) {
+  if (is_flat(v.t)) {
+    T* grad_shortcut = v.out(v.t.grad_shortcut) + first;
+    return Team{}.each(last - first, StoreShortcut<T, Gradient>{gradient.from(first), grad_shortcut});
   }
-  for (int64_t unit = first; unit < last; ++unit) {
-    if (v.t.channels_last) {
-      backward_channels_last<A>(v, scale, unit);
-    } else {
-      backward_contiguous<A>(v, scale, unit);
-    }
-  }
+  if (v.t.channels_last) return backward_units<ChannelsLast>(v, gradient, first, last);
+  backward_units<Contiguous>(v, gradient, first, last);
 }
 
 }  // namespace
@@ -112,7 +139,14 @@ void residual(const ResidualTensor& t, Activation activation, double scale, int6
 
 void residual_backward(const ResidualTensor& t, Activation activation, double scale, int64_t first, int64_t last) {
   visit(activation, [&](auto a) {
-    visit(t.dtype, [&](auto zero) { backward<decltype(a)::value>(View<decltype(zero)>{t}, scale, first, last); });
+    visit(t.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      const View<T> v{t};
+      const ActivationGradient<decltype(a)::value, T> of_activation{
+          v.in(t.grad_a), v.in(t.saved), static_cast<typename View<T>::Acc>(scale)};
+      if (!t.grad_h) return backward(v, of_activation, first, last);
+      backward(v, StreamGradient<decltype(a)::value, T>{v.in(t.grad_h), of_activation}, first, last);
+    });
   });
 }
 

@@ -45,8 +45,10 @@ def residual(
     scale: float,
     approximate: str,
     backend: str,
+    bias: Any = None,
 ) -> tuple[Any, Any]:
     """h and a; the static factors are multiplied into the gate, which is smaller than f."""
+    over_space = (..., *[None] * _space(f))
     factor: Any = alpha
     if skip_gain is not None:
         factor = factor * (skip_gain.item() if isinstance(skip_gain, Tensor) else skip_gain)
@@ -55,10 +57,16 @@ def residual(
     if se is not None:
         factor = torch.sigmoid(se) * (2.0 * factor)
     if se is not None or keep is not None:
-        over_space = (..., *[None] * _space(f))
         factor = factor[over_space]
     h = f + shortcut if isinstance(factor, float) and factor == 1.0 else f * factor + shortcut
+    if bias is not None:
+        h = h + bias[over_space]
     return h, scaled_activation(h, activation, scale, approximate, backend)
+
+
+def residual_(f: Any, shortcut: Any, alpha: float, *options: Any) -> tuple[Any, Any]:
+    """The same without a factor but alpha; f is not overwritten, since nothing is saved for gradients."""
+    return residual(f, shortcut, None, None, None, alpha, *options)
 
 
 @contextlib.contextmanager
@@ -71,6 +79,7 @@ def traceable_ops() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         (ops.residual, "check", lambda *_: None),
         (ops.residual, "residual", residual),
+        (ops.residual, "residual_", residual_),
         (ops.scaled_activation, "check", lambda *_: None),
         (ops.scaled_activation, "scaled_activation", scaled_activation),
         (ops.scaled_activation, "scaled_activation_", scaled_activation_),

@@ -43,6 +43,17 @@ def make_attention(kind: str, channels: int, se_ratio: float, numerics: Numerics
     return SqueezeExcite(channels, hidden=hidden, **factory)
 
 
+def take_biases(given: list[Prepared | None], first: int) -> Tensor | None:
+    """Takes the biases out of the prepared weights from `first` on, and returns their sum."""
+    total = None
+    for index in range(first, len(given)):
+        pair = given[index]
+        if pair is not None and pair[1] is not None:
+            total = pair[1] if total is None else total + pair[1]
+            given[index] = pair[0], None
+    return total
+
+
 class BlockPlan(NamedTuple):
     """What depends on a block's place in its network."""
 
@@ -149,21 +160,27 @@ class ResidualBlock(nn.Module):
         """
         *inner, last = self.convolutions()
         given: list[Prepared | None] = list(prepared) or [None] * (len(inner) + 2)
-        shortcut = self._shortcut(h, a, given[-1])
         keep = self._keep(a)
+        fused = keep is None and not self.has_outer_gate() and not torch.compiler.is_compiling()
+        # In the last pass the gradient of a bias does not cost the reading of a tensor of h's size.
+        training = self.training and torch.is_grad_enabled()
+        bias = take_biases(given, first=len(inner)) if fused and training else None
+        shortcut = self._shortcut(h, a, given[-1])
         out, weights = self._inner(a, given), given[len(inner)]
-        options = {"activation": self.activation, "approximate": self.approximate}
+        options: dict[str, Any] = {"activation": self.activation, "approximate": self.approximate}
         if self.has_outer_gate():
             f = last(out, prepared=weights)
             alpha = self.alpha * self.gate_gain / 2.0  # the op's gate is 2 * sigmoid
-            factors = {"skip_gain": self.skip_gain, "se": self.outer_gate(f), "keep": keep, "alpha": alpha}
-            return functional.residual(f, shortcut, **factors, **options)  # type: ignore[arg-type]
+            gate = self.outer_gate(f)
+            return functional.residual(
+                f, shortcut, skip_gain=self.skip_gain, se=gate, keep=keep, alpha=alpha, **options
+            )
         f = last(out, skip_gain=self.skip_gain, alpha=self.alpha, prepared=weights)
+        if fused:
+            return functional.residual(f, shortcut, bias=bias, inplace=True, **options)
         if keep is not None:
-            return functional.residual(f, shortcut, keep=keep, **options)  # type: ignore[arg-type]
-        # With every factor folded away, adding into the convolution's own output saves a tensor of h's size: the
-        # whole step at batch 8 on two cores takes 1.5 % less than with the out-of-place fused op.
-        h = f.add_(shortcut)
+            return functional.residual(f, shortcut, keep=keep, **options)
+        h = f.add_(shortcut)  # a compiler fuses these with what is around them
         return h, activate(h, self.activation, self.approximate)
 
     def extra_repr(self) -> str:

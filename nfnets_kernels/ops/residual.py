@@ -1,7 +1,10 @@
 """`residual`: the end of a block and the start of the next one in one pass.
 
-`h = alpha * skip_gain * keep * gate * f + shortcut` and `a = scale * act(h)`, with gate = 2 * sigmoid(se).
+`h = alpha * skip_gain * keep * gate * f + bias + shortcut` and `a = scale * act(h)`, with gate = 2 * sigmoid(se).
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +23,19 @@ from .library import (
     define,
     dense_like,
     is_channels_last,
+    is_unit_dense,
     register_autograd,
 )
 from .scaled_activation import APPROXIMATIONS, CPU_CODES, saves_output, scaled_activation_backward
 
 # The elementwise ones: h and a have one shape.
 ACTIVATIONS = tuple(name for name in GAMMA if name not in ("glu", "log_softmax"))
+
+# Units of the CPU kernel in channels-last order. Without a bias: all pixels of a sample, of each 512 bytes of float32.
+_UNIT_CHANNELS = 128
+# With one: pixels of a row of partial sums. Few enough for accuracy and for threads, many enough for the sums to be
+# small against the data; never dependent on the number of threads.
+_UNIT_ELEMENTS, _LEAST_PIXELS, _MOST_PIXELS = 65536, 16, 256
 
 
 def check(
@@ -38,6 +48,7 @@ def check(
     activation: str,
     scale: float,
     approximate: str,
+    bias: Tensor | None = None,
 ) -> None:
     """Raises ValueError or TypeError naming the first bad argument."""
     check_float("f", f)
@@ -50,7 +61,13 @@ def check(
             f"got {tuple(shortcut.shape)} and {shortcut.dtype}"
         )
     check_same_device("shortcut", shortcut, "f", f)
-    for name, tensor, shape in (("skip_gain", skip_gain, ()), ("se", se, f.shape[:2]), ("keep", keep, f.shape[:1])):
+    small = (
+        ("skip_gain", skip_gain, ()),
+        ("se", se, f.shape[:2]),
+        ("keep", keep, f.shape[:1]),
+        ("bias", bias, f.shape[1:2]),
+    )
+    for name, tensor, shape in small:
         if tensor is None:
             continue
         check_float(name, tensor)
@@ -63,48 +80,62 @@ def check(
         check_finite(name, value)
 
 
-def _fake(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+def check_inplace(skip_gain: Tensor | None, se: Tensor | None, keep: Tensor | None) -> None:
+    """Raises ValueError unless f may be overwritten."""
+    for name, tensor in (("skip_gain", skip_gain), ("se", se), ("keep", keep)):
+        if tensor is not None:
+            raise ValueError(f"inplace must be False where {name} is given, whose gradient needs f; got True")
+
+
+def _fake(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias=None):
     return dense_like(f), dense_like(f)
 
 
-def _forward(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+def _forward(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias=None, *, h=None):
+    """h is where to write it, perhaps f; None for a new tensor."""
     key = function_key(activation, approximate)
     kernel, _ = backends.select("residual", f.device.type, backend, key)
-    h, a = dense_like(f), dense_like(f)
-    kernel(f, shortcut, Branch(skip_gain, se, keep, alpha), key, scale, h, a)
+    h, a = dense_like(f) if h is None else h, dense_like(f)
+    kernel(f, shortcut, Branch(skip_gain, se, keep, alpha), key, scale, bias, h, a)
     return h, a
 
 
-def _fake_backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
+def _fake_backward(
+    grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype=None
+):
     """As `reference.residual_backward` returns them."""
     branch = Branch(skip_gain, se, keep, alpha)
     grads = [dense_like(saved) for _ in range(1 if branch.is_one else 2)]
     if f is not None:
         grads += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in branch.tensors if x is not None]
+    if bias_dtype is not None:
+        grads.append(saved.new_empty(saved.shape[1], dtype=bias_dtype))
     return grads
 
 
-def _backward(grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend):
-    """grad_h is None where h has no further use, as before a projection."""
+def _backward(
+    grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype=None
+):
+    """grad_h is None where h has no further use, as before a projection; bias_dtype where bias needs no gradient."""
     key = function_key(activation, approximate)
     branch = Branch(skip_gain, se, keep, alpha)
-    if grad_h is None and branch.is_one:
+    if grad_h is None and branch.is_one and bias_dtype is None:
         return [scaled_activation_backward(grad_a, saved, activation, scale, approximate, backend)]
     _, kernel = backends.select("residual", saved.device.type, backend, key)
     grads = _fake_backward(
-        grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend
+        grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype
     )
-    kernel(grad_h, grad_a, f, saved, branch, key, scale, grads)
+    kernel(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype)
     return grads
 
 
-def _reference_forward(f, shortcut, branch, key, scale, h, a):
-    for out, value in zip((h, a), reference.residual(f, shortcut, branch, key, scale), strict=True):
+def _reference_forward(f, shortcut, branch, key, scale, bias, h, a):
+    for out, value in zip((h, a), reference.residual(f, shortcut, branch, key, scale, bias), strict=True):
         out.copy_(value)
 
 
-def _reference_backward(grad_h, grad_a, f, saved, branch, key, scale, grads):
-    values = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale)
+def _reference_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype):
+    values = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, bias_dtype)
     for out, value in zip(grads, values, strict=True):
         out.copy_(value)
 
@@ -112,68 +143,99 @@ def _reference_backward(grad_h, grad_a, f, saved, branch, key, scale, grads):
 backends.register("residual", "reference")((_reference_forward, _reference_backward))
 
 
-def _cpu_call(tensors, like, key, scale):
-    """tensors: in the order of csrc/units.h's ResidualTensor; `like` gives shape and memory order."""
-    assert backends.extension is not None
+class _Units(NamedTuple):
+    """How the CPU kernel sees and cuts a tensor; see csrc/units.h."""
+
+    samples: int
+    channels: int
+    space: int
+    channels_last: bool
+    pixels: int
+    unit_channels: int
+
+    @property
+    def sums(self) -> tuple[int, int, int]:
+        """Shape of partial sums over space."""
+        return self.samples, -(-self.space // self.pixels) if self.channels_last else 1, self.channels
+
+
+def _units(like, branch, with_bias):
     samples, channels = like.shape[:2]
+    space = like[0, 0].numel() if like.numel() else 0
+    channels_last = is_channels_last(like) or space == 1
+    if not with_bias:  # a row of sums is a sample's
+        return _Units(samples, channels, space, channels_last, max(1, space), _UNIT_CHANNELS)
+    if channels_last and branch.is_one:  # then all samples are alike
+        samples, space = 1, samples * space
+    pixels = min(max(_UNIT_ELEMENTS // max(1, channels), _LEAST_PIXELS), _MOST_PIXELS)
+    return _Units(samples, channels, space, channels_last, pixels, max(1, channels))
+
+
+def _cpu_call(tensors, like, units, key, scale):
+    """tensors: in the order of csrc/units.h's ResidualTensor; `like` gives dtype and memory order."""
+    assert backends.extension is not None
+    if like.numel() == 0:
+        return
     backends.extension.residual(
         [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
         backends.DTYPE_CODES[like.dtype],
-        samples,
-        channels,
-        like[0, 0].numel() if like.numel() else 0,
-        is_channels_last(like),
+        *units,
         CPU_CODES[key],
         scale,
         torch.get_num_threads(),
     )
 
 
-def _cpu_forward(f, shortcut, branch, key, scale, h, a):
+def _cpu_forward(f, shortcut, branch, key, scale, bias, h, a):
     product = reference.factor(h, branch)
-    _cpu_call([aligned(f, h), aligned(shortcut, h), h, a, *[None] * 5, product, None], h, key, scale)
+    if bias is not None:
+        bias = bias.to(accumulation_dtype(h.dtype)).contiguous()
+    tensors = [aligned(f, h), aligned(shortcut, h), h, a, *[None] * 5, product, None, bias, None]
+    _cpu_call(tensors, h, _units(h, branch, bias is not None), key, scale)
 
 
-def _cpu_backward(grad_h, grad_a, f, saved, branch, key, scale, grads):
+def _cpu_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype):
     grad_shortcut, grad_f = grads[0], None if branch.is_one else grads[1]
+    units = _units(grad_shortcut, branch, bias_dtype is not None)
+    # zeros: in channels_last order the kernel adds pixel by pixel
+    zeros = partial(saved.new_zeros, units.sums, dtype=accumulation_dtype(saved.dtype))
+    sums = None if f is None else zeros()
+    bias_sums = None if bias_dtype is None else zeros()
+    grad_h, grad_a, f, saved = (None if x is None else aligned(x, grad_shortcut) for x in (grad_h, grad_a, f, saved))
     product = reference.factor(saved, branch)
-    sums = None
-    if f is not None:
-        f = aligned(f, grad_shortcut)
-        # zeros: in channels_last order the kernel adds pixel by pixel
-        sums = saved.new_zeros(saved.shape[:2], dtype=accumulation_dtype(saved.dtype))
-    grad_h = torch.zeros_like(saved) if grad_h is None else grad_h
-    grad_h, grad_a, saved = (aligned(tensor, grad_shortcut) for tensor in (grad_h, grad_a, saved))
-    tensors = [f, None, None, None, grad_h, grad_a, saved, grad_shortcut, grad_f, product, sums]
-    _cpu_call(tensors, grad_shortcut, key, scale)
+    tensors = [f, *[None] * 3, grad_h, grad_a, saved, grad_shortcut, grad_f, product, sums, None, bias_sums]
+    _cpu_call(tensors, grad_shortcut, units, key, scale)
+    if bias_sums is not None:
+        grads[-1].copy_(bias_sums.sum((0, 1)))
     if sums is not None:
-        for out, value in zip(grads[2:], reference.factor_backward(sums, saved, branch), strict=True):
+        for out, value in zip(grads[2:], reference.factor_backward(sums.sum(1), saved, branch), strict=False):
             out.copy_(value)
 
 
 backends.register("residual", "cpu", variants=tuple(CPU_CODES))((_cpu_forward, _cpu_backward))
 
 
-def _triton_forward(f, shortcut, branch, key, scale, h, a):
+def _triton_forward(f, shortcut, branch, key, scale, bias, h, a):
     from ..triton_kernels import residual as kernels
 
-    kernels.residual(aligned(f, h), aligned(shortcut, h), branch, key, scale, h, a)
+    kernels.residual(aligned(f, h), aligned(shortcut, h), branch, key, scale, bias, h, a)
 
 
-def _triton_backward(grad_h, grad_a, f, saved, branch, key, scale, grads):
+def _triton_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype):
     from ..triton_kernels import residual as kernels
 
     grad_h, grad_a, f, saved = (None if x is None else aligned(x, grads[0]) for x in (grad_h, grad_a, f, saved))
-    kernels.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, grads)
+    kernels.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype is not None)
 
 
 backends.register("residual", "triton")((_triton_forward, _triton_backward))
 
 
 def _setup_context(ctx, inputs, output):
-    f, _, skip_gain, se, keep, alpha, activation, scale, approximate, backend = inputs
+    f, _, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias = inputs
     ctx.set_materialize_grads(False)
     ctx.arguments = alpha, activation, scale, approximate, backend
+    ctx.bias_dtype = bias.dtype if bias is not None and bias.requires_grad else None
     has_factor_grad = skip_gain is not None or se is not None or keep is not None
     saved = output[1] if saves_output(activation, scale) else output[0]
     ctx.save_for_backward(f if has_factor_grad else None, saved, skip_gain, se, keep)
@@ -185,31 +247,84 @@ def _gradients(ctx, grad_h, grad_a):
     branch = Branch(skip_gain, se, keep, alpha)
     if grad_a is None:
         if grad_h is None:
-            return (None,) * 10
-        if branch.is_one:
-            return grad_h, grad_h, *[None] * 8
+            return (None,) * 11
+        if branch.is_one and ctx.bias_dtype is None:
+            return grad_h, grad_h, *[None] * 9
         grad_a = torch.zeros_like(saved)
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, which can be differentiated again
         key = function_key(activation, approximate)
-        grads = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale)
+        grads = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, ctx.bias_dtype)
     else:
         grads = residual_backward(
-            grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend
+            grad_h,
+            grad_a,
+            f,
+            saved,
+            skip_gain,
+            se,
+            keep,
+            alpha,
+            activation,
+            scale,
+            approximate,
+            backend,
+            ctx.bias_dtype,
         )
-    of_tensors = iter(grads[2:])
+    of_tensors = iter(grads[1 if branch.is_one else 2 :])
     small = [None if tensor is None else next(of_tensors) for tensor in branch.tensors]
-    return grads[0 if branch.is_one else 1], grads[0], *small, *[None] * 5
+    return grads[0 if branch.is_one else 1], grads[0], *small, *[None] * 5, next(of_tensors, None)
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f, *rest):
+        h, a = _forward(f, *rest, h=f)
+        ctx.mark_dirty(f)
+        _setup_context(ctx, (f, *rest), (h, a))
+        return h, a
+
+    backward = staticmethod(_gradients)
+
+
+def _overwritable(f: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel may write h over f: plain memory in h's order that none of the others shares.
+
+    torch lets a Function that returns two tensors overwrite no view.
+    """
+    if type(f) is not Tensor or not is_unit_dense(f) or (f._is_view() and torch.is_grad_enabled()):
+        return False
+    memory = f.untyped_storage().data_ptr()
+    return all(other is None or other.untyped_storage().data_ptr() != memory for other in others)
+
+
+def residual_(
+    f: Tensor,
+    shortcut: Tensor,
+    alpha: float,
+    activation: str,
+    scale: float,
+    approximate: str,
+    backend: str,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`residual` that writes h into f and returns f as h, for what `check_inplace` accepts."""
+    inputs = f, shortcut, None, None, None, alpha, activation, scale, approximate, backend, bias
+    if torch.compiler.is_compiling() or not _overwritable(f, shortcut, bias):  # the compiler removes the copy
+        h, a = residual(*inputs)
+        return f.copy_(h), a
+    return _InPlace.apply(*inputs)
 
 
 residual = define(
     "residual(Tensor f, Tensor shortcut, Tensor? skip_gain, Tensor? se, Tensor? keep, float alpha, str activation, "
-    "float scale, str approximate, str backend) -> (Tensor, Tensor)",
+    "float scale, str approximate, str backend, Tensor? bias=None) -> (Tensor, Tensor)",
     _forward,
     _fake,
 )
 residual_backward = define(
     "residual_backward(Tensor? grad_h, Tensor grad_a, Tensor? f, Tensor saved, Tensor? skip_gain, Tensor? se, "
-    "Tensor? keep, float alpha, str activation, float scale, str approximate, str backend) -> Tensor[]",
+    "Tensor? keep, float alpha, str activation, float scale, str approximate, str backend, "
+    "ScalarType? bias_dtype=None) -> Tensor[]",
     _backward,
     _fake_backward,
 )

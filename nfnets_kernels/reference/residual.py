@@ -64,7 +64,7 @@ def factor_backward(grad: Tensor, f: Tensor, branch: Branch) -> list[Tensor]:
 
 
 def spread(product: Tensor, like: Tensor) -> Tensor:
-    """(N, C) over the trailing dims of (N, C, ...)."""
+    """(N or 1, C) over the trailing dims of (N, C, ...)."""
     return product.reshape(product.shape + (1,) * (like.ndim - 2))
 
 
@@ -73,21 +73,37 @@ def sum_space(x: Tensor) -> Tensor:
     return x.flatten(2).sum(dim=2) if x.ndim > 2 else x
 
 
-def residual(f: Tensor, shortcut: Tensor, branch: Branch, key: str, scale: float) -> tuple[Tensor, Tensor]:
-    """`h = factor * f + shortcut` and `a = scale * act(h)`; f, shortcut: (N, C, ...)."""
+def sum_to_channels(x: Tensor) -> Tensor:
+    """(N, C, ...) summed to (C,)."""
+    return sum_space(x).sum(dim=0)
+
+
+def residual(
+    f: Tensor, shortcut: Tensor, branch: Branch, key: str, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`h = factor * f + bias + shortcut` and `a = scale * act(h)`; f, shortcut: (N, C, ...), bias: (C,)."""
     acc = accumulation_dtype(f.dtype)
     product = factor(f, branch)
     scaled = f.to(acc) if product is None else f.to(acc) * spread(product, f)
+    if bias is not None:
+        scaled = scaled + spread(bias.to(acc)[None], f)
     h = (scaled + shortcut.to(acc)).to(f.dtype)
     return h, scaled_activation(h, key, scale)
 
 
 def residual_backward(
-    grad_h: Tensor | None, grad_a: Tensor, f: Tensor | None, saved: Tensor, branch: Branch, key: str, scale: float
+    grad_h: Tensor | None,
+    grad_a: Tensor,
+    f: Tensor | None,
+    saved: Tensor,
+    branch: Branch,
+    key: str,
+    scale: float,
+    bias_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Gradients for shortcut, where the branch is not 1 for f, and where f is given for the branch's tensors.
+    """Gradients for shortcut, where the branch is not 1 for f, where f is given for the branch's tensors, and for bias.
 
-    grad_h is None for zeros; saved is h, or ReLU's output.
+    grad_h is None for zeros; saved is h, or ReLU's output; bias_dtype is None where bias needs no gradient.
     """
     acc = accumulation_dtype(saved.dtype)
     grad = scaled_activation_backward(grad_a.to(acc), saved.to(acc), key, scale)
@@ -99,4 +115,6 @@ def residual_backward(
         grads.append((grad * spread(product, grad)).to(saved.dtype))
     if f is not None:
         grads += factor_backward(sum_space(grad * f.to(acc)), saved, branch)
+    if bias_dtype is not None:
+        grads.append(sum_to_channels(grad).to(bias_dtype))
     return grads

@@ -1,10 +1,10 @@
-"""The end of a residual block and the start of the next one: h = factor * f + shortcut and a = scale * act(h).
+"""The end of a residual block and the start of the next one: h = factor * f + bias + shortcut and a = scale * act(h).
 
-All tensors are seen as (samples, rows, length), the factor being constant along dim 0, 1 or 2:
+All tensors are seen as (samples, rows, length), factor and bias being constant along dim 0, 1 or 2:
 
     contiguous order     (N, C, space), a factor per row
-    channels-last order  (N, space, C), a factor per column
-    no se                (N, 1, C * space), one per sample; without keep too (1, 1, numel), one for all
+    channels-last order  (N, space, C), a factor per column; without se and keep (1, N * space, C)
+    no se and no bias    (N, 1, C * space), one per sample; without keep too (1, 1, numel), one for all
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def _factor(skip_gain, se, keep, alpha, sample, channel, channels, mask, ACC: tl
 
 @triton.jit
 def forward_kernel(
-    f, shortcut, skip_gain, se, keep, h, a, rows, units, alpha: tl.float64, scale: tl.float64,
+    f, shortcut, skip_gain, se, keep, bias, h, a, rows, units, alpha: tl.float64, scale: tl.float64,
     KEY: tl.constexpr, BY_COLUMN: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -56,11 +56,11 @@ def forward_kernel(
     column = (tile % column_tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < length)
     at = sample * rows * length + row * length + column
-    if BY_COLUMN:
-        factor = _factor(skip_gain, se, keep, alpha, sample, column, length, column < length, ACC)
-    else:
-        factor = _factor(skip_gain, se, keep, alpha, sample, row, rows, row < rows, ACC)
-    branch = load(f + at, mask, ACC) * factor
+    channel, channels = (column, length) if BY_COLUMN else (row, rows)
+    there = channel < channels
+    branch = load(f + at, mask, ACC) * _factor(skip_gain, se, keep, alpha, sample, channel, channels, there, ACC)
+    if bias is not None:
+        branch += load(bias + channel, there, ACC)
     stored = narrowed(branch + load(shortcut + at, mask, ACC), h.dtype.element_ty)
     tl.store(h + at, stored, mask=mask)
     # of h as stored: a backward pass that recomputes from h agrees
@@ -69,12 +69,12 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_h, grad_a, f, saved, skip_gain, se, keep, grad_shortcut, grad_f, partials,
+    grad_h, grad_a, f, saved, skip_gain, se, keep, grad_shortcut, grad_f, partials, bias_partials,
     rows, units, parts, alpha: tl.float64, scale: tl.float64,
     KEY: tl.constexpr, BY_COLUMN: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TILES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program goes TILES tiles along space and sums grad * f of its channels, no two programs in one place.
+    """A program goes TILES tiles along space and sums grad * f and grad of its channels, no two programs in one place.
 
     Args:
         grad_h: None for zeros.
@@ -82,6 +82,7 @@ def backward_kernel(
         saved: h, or the activation's output where the gradient follows from it.
         grad_f: None where it is grad_shortcut.
         partials: (samples, parts, channels) in the accumulation dtype, or None as f.
+        bias_partials: the same of grad, or None.
     """
     length = units * UNIT
     across = tl.cdiv(length, COLUMNS) if BY_COLUMN else tl.cdiv(rows, ROWS)
@@ -101,6 +102,7 @@ def backward_kernel(
     scale = scalar(scale, ACC)
     start = sample * rows * length
     sums = tl.zeros((ROWS, COLUMNS), ACC)
+    bias_sums = tl.zeros((ROWS, COLUMNS), ACC)
     for _ in range(TILES):
         mask = (row < rows) & (column < length)
         at = start + row * length + column
@@ -113,13 +115,18 @@ def backward_kernel(
             store(grad_f + at, grad * factor, mask)
         if f is not None:
             sums += tl.where(mask, grad * load(f + at, mask, ACC), 0.0)
+        if bias_partials is not None:
+            bias_sums += tl.where(mask, grad, 0.0)
         if BY_COLUMN:
             row += ROWS
         else:
             column += COLUMNS
+    at = (sample * parts + part) * channels + channel
     if f is not None:
-        at = (sample * parts + part) * channels + channel
         tl.store(partials + at, tl.sum(sums, axis=0 if BY_COLUMN else 1, keep_dims=True), mask=channel < channels)
+    if bias_partials is not None:
+        of_part = tl.sum(bias_sums, axis=0 if BY_COLUMN else 1, keep_dims=True)
+        tl.store(bias_partials + at, of_part, mask=channel < channels)
 
 
 @triton.jit
@@ -169,19 +176,18 @@ class _View(NamedTuple):
     rows: int
     length: int
     by_column: bool
-    """whether the factor varies along a row"""
+    """whether factor and bias vary along a row"""
 
 
-def _view(like: Tensor, branch: Branch) -> _View:
+def _view(like: Tensor, branch: Branch, with_bias: bool) -> _View:
     samples, channels = like.shape[:2]
-    if branch.se is None and branch.keep is None:
-        return _View(1, 1, like.numel(), False)
-    if branch.se is None:
-        return _View(samples, 1, like.numel() // samples, False)
+    of_samples = branch.se is not None or branch.keep is not None
+    if branch.se is None and not with_bias:
+        return _View(samples, 1, like.numel() // samples, False) if of_samples else _View(1, 1, like.numel(), False)
     space = like.numel() // (samples * channels)
     if space > 1 and like.is_contiguous():
         return _View(samples, channels, space, False)
-    return _View(samples, space, channels, True)
+    return _View(samples, space, channels, True) if of_samples else _View(1, samples * space, channels, True)
 
 
 def _shared(branch: Branch, view: _View, tile: tuple[int, int], key: str, scale: float, dtype: torch.dtype) -> dict:
@@ -211,18 +217,21 @@ def _factors(branch: Branch, dtype: torch.dtype) -> dict:
     }
 
 
-def residual(f: Tensor, shortcut: Tensor, branch: Branch, key: str, scale: float, h: Tensor, a: Tensor) -> None:
-    """h = factor * f + shortcut, a = scale * act(h).
+def residual(
+    f: Tensor, shortcut: Tensor, branch: Branch, key: str, scale: float, bias: Tensor | None, h: Tensor, a: Tensor
+) -> None:
+    """h = factor * f + bias + shortcut, a = scale * act(h).
 
     Args:
-        f, shortcut, h, a: (N, C, ...), all in contiguous or all in channels-last order.
+        f, shortcut, h, a: (N, C, ...), all in contiguous or all in channels-last order; h may be f.
         branch: the factor.
         key: an elementwise key of `nfnets_kernels.reference.scaled_activation`.
         scale: any number.
+        bias: (C,), or None.
     """
     if h.numel() == 0:
         return
-    view = _view(h, branch)
+    view = _view(h, branch, bias is not None)
     block = block_of(h.dtype, 2)
     tile = tile_of(view.length, block, block)
     launch(
@@ -231,6 +240,7 @@ def residual(f: Tensor, shortcut: Tensor, branch: Branch, key: str, scale: float
         h.device,
         f=f,
         shortcut=shortcut,
+        bias=bias if bias is None else bias.contiguous(),
         h=h,
         a=a,
         **_shared(branch, view, tile, key, scale, h.dtype),
@@ -246,8 +256,9 @@ def residual_backward(
     key: str,
     scale: float,
     grads: Sequence[Tensor],
+    with_bias: bool,
 ) -> None:
-    """Writes the gradients of shortcut, f (unless the factor is 1) and, where f is given, of the branch's tensors.
+    """Writes the gradients of shortcut, f (unless the factor is 1), where f is given of the branch's tensors, and bias.
 
     Args:
         grad_h: as f, or None for zeros.
@@ -255,21 +266,25 @@ def residual_backward(
         f: (N, C, ...), all in contiguous or all in channels-last order, or None.
         branch, key, scale: as in `residual`.
         grads: the results, as `nfnets_kernels.reference.residual.residual_backward` returns them.
+        with_bias: whether the last of grads is that of bias.
     """
     if saved.numel() == 0:
-        for grad in grads[2:]:
+        for grad in grads:
             grad.zero_()
         return
-    view = _view(saved, branch)
+    view = _view(saved, branch, with_bias)
     loads = 2 + (grad_h is not None) + (f is not None)
     block = block_of(saved.dtype, loads)
     tile = tile_of(view.length, block, _COLUMNS if view.by_column else block)
     along, across = (0, 1) if view.by_column else (1, 0)
     sizes = view.rows, view.length
     parts = triton.cdiv(sizes[along], tile[along] * _TILES)
-    partials = None
-    if f is not None:
-        partials = saved.new_empty((view.samples, parts, sizes[across]), dtype=accumulation_dtype(saved.dtype))
+
+    def partial_sums(needed: bool) -> Tensor | None:
+        shape = view.samples, parts, sizes[across]
+        return saved.new_empty(shape, dtype=accumulation_dtype(saved.dtype)) if needed else None
+
+    partials, bias_partials = partial_sums(f is not None), partial_sums(with_bias)
     launch(
         backward_kernel,
         view.samples * parts * triton.cdiv(sizes[across], tile[across]),
@@ -281,12 +296,15 @@ def residual_backward(
         grad_shortcut=grads[0],
         grad_f=None if branch.is_one else grads[1],
         partials=partials,
+        bias_partials=bias_partials,
         parts=parts,
         TILES=min(_TILES, triton.cdiv(sizes[along], tile[along])),
         **_shared(branch, view, tile, key, scale, saved.dtype),
     )
     if partials is not None:
         _finish(partials, branch, saved.dtype, grads[2:])
+    if bias_partials is not None:
+        grads[-1].copy_(bias_partials.sum((0, 1)))
 
 
 def _finish(partials: Tensor, branch: Branch, dtype: torch.dtype, grads: Sequence[Tensor]) -> None:
