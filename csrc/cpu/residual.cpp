@@ -101,9 +101,12 @@ void backward_units(const View<T>& v, const Gradient& of_all, int64_t first, int
   const auto backward_one = [&](const Run& run) {
     const Gradient gradient = of_all.from(run.offset);
     T* grad_shortcut = v.out(v.t.grad_shortcut) + run.offset;
+    const T* f = v.in(v.t.f) + (v.t.sums ? run.offset : 0);
+    // The gradient of GELU costs more than memory does: it is computed once for all that is made of it.
     const auto apply = [&](auto store) {
       if (v.t.bias_sums) return Layout::add(v.bias_sums() + run.sum, run.n, store);
-      Team{}.each(run.n, store);
+      if (!v.t.sums) return Team{}.each(run.n, store);
+      Layout::add(v.sums() + run.sum, run.n, [=](int64_t i) { return store(i) * load(f[i]); });
     };
     if (v.t.factor) {
       const Varying factor(v.factor() + run.factor);
@@ -111,9 +114,8 @@ void backward_units(const View<T>& v, const Gradient& of_all, int64_t first, int
     } else {
       apply(StoreShortcut<T, Gradient>{gradient, grad_shortcut});
     }
-    if (!v.t.sums) return;
-    // The run is now in the cache.
-    const T* f = v.in(v.t.f) + run.offset;
+    if (!v.t.sums || !v.t.bias_sums) return;
+    // Both sums are rarely wanted; the run is now in the cache.
     Layout::add(v.sums() + run.sum, run.n, [=](int64_t i) { return gradient(i) * load(f[i]); });
   };
   for (int64_t unit = first; unit < last; ++unit) Layout::each_run(v.t, unit, backward_one);
