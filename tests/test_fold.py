@@ -1,6 +1,7 @@
 """`deployment.fold`: layers, arithmetic and networks in plain torch against plain formulas in float64."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import nfnets_kernels as nfk
-from nfnets_kernels.deployment import fold
+from nfnets_kernels.deployment import fold, plain_ops
 from nfnets_kernels.models import NFResNet
 from nfnets_kernels.modules.standardized import Standardized
 
@@ -246,3 +247,17 @@ def test_dtype_and_channels_last_are_kept(dtype, options):
     assert out.dtype == dtype
     # each of some 20 layers rounds to the dtype
     assert ((out - expected).norm() / expected.norm()) < 20 * torch.finfo(dtype).eps
+
+
+def test_other_threads_keep_the_ops():
+    """While one thread traces, another trains."""
+    f, gain = torch.randn(2, 3, 4, 4), torch.ones((), requires_grad=True)
+
+    def train():
+        nfk.functional.residual(f, f, skip_gain=gain)[0].sum().backward()
+
+    with plain_ops.traceable_ops():
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(gain.grad, f.sum())

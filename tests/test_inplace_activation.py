@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nfnets_kernels as nfk
 from nfnets_kernels.functional import scaled_activation
@@ -154,3 +155,9 @@ def test_modules():
     assert "inplace" not in repr(nfk.ScaledReLU())
     with pytest.raises(ValueError, match="inplace must be False"):
         nfk.ScaledReLU(beta=0.1, inplace=True)
+
+
+def test_a_fake_tensor_is_not_written_to():
+    with FakeTensorMode():
+        x = torch.randn(3, 4)
+        assert scaled_activation(x, "relu", inplace=True) is x

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,12 +70,20 @@ def residual_(f: Any, shortcut: Any, alpha: float, *options: Any) -> tuple[Any, 
     return residual(f, shortcut, None, None, None, alpha, *options)
 
 
+_replacing = threading.RLock()
+
+
+def _in_this_thread(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for calls of the current thread, the original for all others."""
+    thread = threading.get_ident()
+    return lambda *arguments: (function if threading.get_ident() == thread else original)(*arguments)
+
+
 @contextlib.contextmanager
 def traceable_ops() -> Iterator[None]:
-    """Replaces the ops by the functions above for as long as the `with` block runs.
+    """Replaces the ops by the functions above, for the current thread and as long as the `with` block runs.
 
-    As torch.fx itself, which replaces nn.Module's methods while it traces, for all threads; another thread would get
-    the same values from torch's kernels.
+    One thread at a time, so that none restores what another has replaced.
     """
     replacements: list[tuple[Any, str, Any]] = [
         (ops.residual, "check", lambda *_: None),
@@ -84,11 +93,12 @@ def traceable_ops() -> Iterator[None]:
         (ops.scaled_activation, "scaled_activation", scaled_activation),
         (ops.scaled_activation, "scaled_activation_", scaled_activation_),
     ]
-    originals = [getattr(module, name) for module, name, _ in replacements]
-    try:
-        for module, name, function in replacements:
-            setattr(module, name, function)
-        yield
-    finally:
-        for (module, name, _), original in zip(replacements, originals, strict=True):
-            setattr(module, name, original)
+    with _replacing:
+        originals = [getattr(module, name) for module, name, _ in replacements]
+        try:
+            for (module, name, function), original in zip(replacements, originals, strict=True):
+                setattr(module, name, _in_this_thread(function, original))
+            yield
+        finally:
+            for (module, name, _), original in zip(replacements, originals, strict=True):
+                setattr(module, name, original)
