@@ -152,6 +152,7 @@ def test_older_results_have_no_networks(tmp_path):
     for path in (REPOSITORY / "benchmarks" / "results").glob("*/results.json"):
         stored = json.loads(path.read_text())
         stored.pop("models", None)
+        stored["timings"] = [row for row in stored["timings"] if row["bench"] != "models"]
         (tmp_path / "results.json").write_text(json.dumps(stored))
         older = Results.load(tmp_path)
         assert older.models == []
