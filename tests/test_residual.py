@@ -40,6 +40,7 @@ from .helpers import (
     threads,
     value_size,
 )
+from .residual_cases import SMALL, residual, small_inputs
 
 OPS = torch.ops.nfnets_kernels
 CASES = [(key, target) for key in ELEMENTWISE for target in targets("residual", key)]
@@ -48,27 +49,12 @@ CONTRACT_CASES = [(key, name) for key in ELEMENTWISE for name in available("resi
 CHECKED_CASES = [case for case in CONTRACT_CASES if case[1] != "triton" or case[0] in ("relu", "gelu_tanh")]
 FUSED = [key for key in ELEMENTWISE if backends.serving("residual", DEVICE, "auto", key) != "reference"]
 RELU_TARGETS = targets("residual", "relu")
-SMALL = ("skip_gain", "se", "keep")
 
 
 @pytest.fixture
 def backend(target):
     with serving(target) as name:
         yield name
-
-
-def residual(f, shortcut, key="relu", **options):
-    name, approximate = named(key)
-    return functional.residual(f, shortcut, activation=name, approximate=approximate, **options)
-
-
-def small_inputs(f, names=SMALL, dtype=None):
-    """Random skip_gain, se and keep that fit f; keep drops every third sample, not the first."""
-    dtype = dtype or f.dtype
-    samples, channels = f.shape[:2]
-    keep = ((torch.arange(samples) % 3 != 1) / 0.75).to(dtype)
-    every = {"skip_gain": randn((), dtype), "se": 2 * randn((samples, channels), dtype), "keep": keep}
-    return {name: every[name] for name in SMALL if name in names}
 
 
 @threads(1)

@@ -12,6 +12,7 @@ from nfnets_kernels import functional
 from nfnets_kernels.ops.library import is_unit_dense
 from nfnets_kernels.reference.weight_standardize import accumulation_dtype
 
+from . import residual_cases
 from .helpers import (
     DTYPES,
     FACTORS,
@@ -27,7 +28,6 @@ from .helpers import (
     assert_same_for_any_threads,
     available,
     derivative_size,
-    named,
     randn,
     serving,
     sized,
@@ -35,12 +35,12 @@ from .helpers import (
     threads,
     value_size,
 )
+from .residual_cases import SMALL, residual
 
 OPS = torch.ops.nfnets_kernels
 TARGETS = targets("residual", "relu")
 BACKENDS = available("residual", "relu")
 KEYS = ["relu", "gelu", "gelu_tanh", "silu"]
-SMALL = ("skip_gain", "se", "keep")
 SUBSETS = [(), ("skip_gain",), ("keep",), ("se",), SMALL]
 
 
@@ -50,18 +50,10 @@ def backend(target):
         yield name
 
 
-def residual(f, shortcut, key="relu", **options):
-    name, approximate = named(key)
-    return functional.residual(f, shortcut, activation=name, approximate=approximate, **options)
-
-
 def small_inputs(f, names=(), dtype=None):
     """Random bias, and those of skip_gain, se and keep, that fit f."""
-    dtype = dtype or f.dtype
-    samples, channels = f.shape[:2]
-    keep = ((torch.arange(samples) % 3 != 1) / 0.75).to(dtype)
-    every = {"skip_gain": randn((), dtype), "se": 2 * randn((samples, channels), dtype), "keep": keep}
-    return {"bias": randn((channels,), dtype)} | {name: every[name] for name in SMALL if name in names}
+    others = residual_cases.small_inputs(f, names, dtype)
+    return {"bias": randn(f.shape[1:2], dtype or f.dtype), **others}
 
 
 def stream(f, shortcut, bias=None, skip_gain=None, se=None, keep=None, alpha=1.0):

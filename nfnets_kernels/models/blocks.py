@@ -58,8 +58,6 @@ class BlockPlan(NamedTuple):
     """What depends on a block's place in its network."""
 
     stage: int
-    first: bool
-    """of its stage"""
     stride: int
     beta: float
     """1 / expected standard deviation of the block's input"""
@@ -75,7 +73,7 @@ def plan_blocks(
         for position in range(count):
             first = position == 0
             rate = stochdepth_rate * index / sum(depth)
-            yield BlockPlan(stage, first, stride if first else 1, 1.0 / expected_std, rate)
+            yield BlockPlan(stage, stride if first else 1, 1.0 / expected_std, rate)
             index += 1
             # A projection resets the variance to 1; every block then adds alpha^2.
             expected_std = ((1.0 if first else expected_std**2) + alpha**2) ** 0.5
@@ -129,8 +127,8 @@ class ResidualBlock(nn.Module):
         *inner, _ = self.convolutions()
         for index, conv in enumerate(inner):
             f = conv(a, prepared=prepared[index])
-            if index == len(inner) - 1 and (logits := self.inner_gate(f)) is not None:
-                f = f * (self.gate_gain * torch.sigmoid(logits))[:, :, None, None]
+            if index == len(inner) - 1:
+                f = self._gated(f, self.inner_gate(f))
             a = activate(f, self.activation, self.approximate, inplace=True)
         return a
 
@@ -138,8 +136,10 @@ class ResidualBlock(nn.Module):
         """The residual branch before stochastic depth, skip_gain and alpha, as the authors' signal metrics see it."""
         *inner, last = self.convolutions()
         f = last(self._inner(a, [None] * len(inner)))
-        logits = self.outer_gate(f)
-        return f if logits is None else self.gate_gain * torch.sigmoid(logits)[:, :, None, None] * f
+        return self._gated(f, self.outer_gate(f))
+
+    def _gated(self, f: Tensor, logits: Tensor | None) -> Tensor:
+        return f if logits is None else f * (self.gate_gain * torch.sigmoid(logits))[:, :, None, None]
 
     def _shortcut(self, h: Tensor, a: Tensor, prepared: Prepared | None) -> Tensor:
         if self.conv_shortcut is None:
@@ -274,7 +274,7 @@ class NFBlock(ResidualBlock):
 
     def outer_gate(self, f: Tensor) -> Tensor | None:
         """Logits of `se` after conv2."""
-        return self.se(f) if self.se is not None and not self.gate_inside else None
+        return self.se(f) if self.has_outer_gate() else None  # type: ignore[misc]
 
     def inner_gate(self, f: Tensor) -> Tensor | None:
         """Logits of `se` before conv2."""

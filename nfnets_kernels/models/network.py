@@ -160,16 +160,6 @@ class NormalizerFreeNet(nn.Module):
         """Keep no activations inside blocks for the backward pass, but compute them again (Chen et al. 2016)."""
         self.grad_checkpointing = enable
 
-    @staticmethod
-    def _prepare(requests: list[Request], input: Tensor) -> list[Prepared | None]:
-        """Standardized weights of several layers in one pass; None for each where the layers have them kept.
-
-        Stage by stage rather than for the model: under DistributedDataParallel the gradients of the last stages can
-        then be reduced while the first ones are still being computed. A `BatchedWeightStandardization` of the model has
-        given the layers theirs.
-        """
-        return prepare_together(requests, input)
-
     def _run_block(
         self, block: NFBlock, h: Tensor, a: Tensor, prepared: Sequence[Prepared | None]
     ) -> tuple[Tensor, Tensor]:
@@ -178,9 +168,14 @@ class NormalizerFreeNet(nn.Module):
         return block(h, a, prepared)
 
     def _forward(self, x: Tensor, features: list[Tensor] | None = None) -> Tensor:
-        """Images to the last activation; the features of every stride are appended to `features` on the way."""
+        """Images to the last activation; the features of every stride are appended to `features` on the way.
+
+        Weights are standardized stage by stage rather than for the model: under DistributedDataParallel the gradients
+        of the last stages can then be reduced while the first ones are still being computed. Where a
+        `BatchedWeightStandardization` owns the model, the layers hold theirs already.
+        """
         feature, h = self.forward_stem(
-            x, self._prepare([Request(conv) for conv in self.stem_convolutions()], x), features is not None
+            x, prepare_together([Request(conv) for conv in self.stem_convolutions()], x), features is not None
         )
         if features is not None:
             features.append(feature)
@@ -189,7 +184,7 @@ class NormalizerFreeNet(nn.Module):
         for blocks in stages:
             by_block = [block.requests() for block in blocks]
             last = [Request(self.final_conv)] if self.final_conv is not None and blocks is stages[-1] else []
-            prepared = iter(self._prepare([request for block in by_block for request in block] + last, a))
+            prepared = iter(prepare_together([request for block in by_block for request in block] + last, a))
             for block, requests in zip(blocks, by_block, strict=True):
                 h, a = self._run_block(block, h, a, [next(prepared) for _ in requests])
             if last:

@@ -158,11 +158,7 @@ class NFResNet(NormalizerFreeNet):
                     stride=plan.stride,
                     beta=plan.beta,
                     stochdepth_rate=plan.stochdepth_rate,
-                    numerics=numerics,
-                    alpha=alpha,
-                    activation=activation,
-                    approximate=approximate,
-                    rescale_kept=rescale_kept,
+                    **{**self.block_options(), "numerics": numerics},
                     **factory,
                 )
             )
