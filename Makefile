@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_ARGS ?= --quick
+# pytest-xdist: a process per core; one that has run its tests takes over some of another's.
+PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist worksteal
 
 ifeq ($(strip $(VENV)),)
 RUN := $(PYTHON)
@@ -35,7 +37,7 @@ $(STAMPS)/.package-installed: $(STAMPS)/.requirements-installed $(SOURCES)
 	@touch $@
 
 test: env lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: env
 	$(RUN) -m ruff check .

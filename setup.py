@@ -34,7 +34,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512"] = [
         *AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
     ]  # fmt: skip
-KERNEL_SOURCES = ["agc", "residual", "scaled_activation", "weight_standardize"]
+KERNEL_SOURCES = ["agc", "residual", "scaled_activation", "sgd_agc", "weight_standardize"]
 
 # -fno-trapping-math lets float comparisons become vector selects; NaN and infinity keep their meaning (no -ffast-math).
 COMMON_FLAGS = [
@@ -44,7 +44,7 @@ COMMON_FLAGS = [
 
 PYTHON_INCLUDES = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
-CUDA_SOURCES = ["agc", "device", "weight_standardize"]
+CUDA_SOURCES = ["agc", "device", "sgd_agc", "weight_standardize"]
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 NVCC_AT_LEAST = (12, 0)
 NVCC_FLAGS = [

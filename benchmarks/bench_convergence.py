@@ -1,135 +1,127 @@
-"""Trains a small NF-ResNet and its BatchNorm twin on scikit-learn's handwritten digits, from the same seed."""
+"""Trains a small NF-ResNet, clipped in three ways, and its BatchNorm twin on handwritten digits at many batch sizes.
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+Figure 2 of Brock et al. 2021b (arXiv:2102.06171) on a small scale: the learning rate grows linearly with the batch
+size, the epochs stay the same. ``tune_convergence`` chose the settings below without the test images.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 
 import nfnets_kernels as nfk
 from benchmarks.bn_resnet import BNResNet
+from benchmarks.digits import ARCHITECTURE, Digits, Outcome, Recipe, train
 from benchmarks.harness import BenchmarkError, Session, served_by, to_channels_last
 from benchmarks.results import Incident, Role, Training
 
 BENCH = "convergence"
-EPOCHS, WARM_UP_EPOCHS = 20, 2
-BATCH_SIZE = 32
-LEARNING_RATE = 0.3
-WEIGHT_DECAY = 5e-4
-LABEL_SMOOTHING = 0.1
-# The paper clips less for smaller batches: 0.16 at 256 images, 0.01 at 4,096.
-CLIP_FACTOR = 0.08
-# Strided 1x1 shortcuts would lead from the last, single position to one corner of these small images.
-ARCHITECTURE: dict[str, Any] = {
-    "depth": (1, 1, 1, 1),
-    "width": 1,
-    "num_classes": 10,
-    "in_chans": 1,
-    "shortcut": "avg_pool",
-}
+BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
+QUICK_BATCH_SIZES = (256, 1024)
+SEEDS = 3
+
+BASE_BATCH_SIZE = 32
+BASE_LEARNING_RATE = 0.01
+
+Clip = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Digits:
-    """Images and labels, split for training and testing."""
+class Threshold:
+    """What is clipped to at batch size 32, and whether that falls in inverse proportion to the batch size."""
 
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    base: float
+    falling: bool
 
-    @classmethod
-    def load(cls, device: str) -> "Digits":
-        """The 8x8 digits at 32x32, standardized; every fifth image is for testing."""
-        digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
-        images = F.interpolate(images, scale_factor=4, mode="nearest").to(device)
-        labels = torch.tensor(digits.target, device=device)
-        is_test = torch.arange(len(labels), device=device) % 5 == 0
-        train = images[~is_test]
-        images = ((images - train.mean()) / train.std()).contiguous(memory_format=torch.channels_last)
-        return cls(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
+    def at(self, batch_size: int) -> float:
+        """The threshold at a batch size."""
+        return self.base * (BASE_BATCH_SIZE / batch_size if self.falling else 1)
 
-    def batches(self, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """One epoch in random order, each batch moved by up to a pixel, without an incomplete last batch."""
-        order = torch.randperm(len(self.train_labels), generator=generator).to(self.train_labels.device)
-        for indices in order.split(BATCH_SIZE):
-            if len(indices) == BATCH_SIZE:
-                down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
-                yield self.train_images[indices].roll((down, right), (2, 3)), self.train_labels[indices]
+    def __str__(self) -> str:
+        return f"{self.base:g}{' at batch 32, falling' if self.falling else ''}"
+
+
+MAX_NORM = Threshold(1.0, falling=False)
+# The paper too clips more where batches are larger.
+CLIP_FACTOR = Threshold(1.28, falling=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A network and how its gradients are clipped: ``clipping`` gets it and the batch size."""
+
+    name: str
+    role: Role
+    network: type[nn.Module]
+    ops: tuple[str, ...]
+    clipping: Callable[[nn.Module, int], Clip]
+
+
+def adaptive(clip_factor: Threshold) -> Method:
+    """AGC of everything but the head."""
+
+    def clipping(model: nn.Module, batch_size: int) -> Clip:
+        return nfk.AGC(model, clip_factor.at(batch_size), exclude=("fc",)).clip_
+
+    return Method("NF-ResNet with AGC", "ours", nfk.models.NFResNet, ("agc", "weight_standardize"), clipping)
+
+
+def global_norm(max_norm: Threshold) -> Method:
+    """The norm of all gradients together is clipped."""
+
+    def clipping(model: nn.Module, batch_size: int) -> Clip:
+        return lambda: nn.utils.clip_grad_norm_(model.parameters(), max_norm.at(batch_size))
+
+    return Method("NF-ResNet with global norm clipping", "ours", nfk.models.NFResNet, ("weight_standardize",), clipping)
+
+
+def unclipped(name: str, role: Role, network: type[nn.Module], *ops: str) -> Method:
+    """Gradients as they are."""
+    return Method(name, role, network, ops, lambda model, batch_size: lambda: None)
+
+
+UNCLIPPED = unclipped("NF-ResNet without clipping", "ours", nfk.models.NFResNet, "weight_standardize")
+TWIN = unclipped("BatchNorm twin", "peer", BNResNet)
+METHODS = (adaptive(CLIP_FACTOR), global_norm(MAX_NORM), UNCLIPPED, TWIN)
+
+
+def recipe_for(batch_size: int, base_learning_rate: float = BASE_LEARNING_RATE) -> Recipe:
+    """The learning rate grows linearly with the batch size."""
+    return Recipe(batch_size, base_learning_rate * batch_size / BASE_BATCH_SIZE)
 
 
 def run(session: Session) -> None:
-    """Train both networks from every seed and record their curves."""
+    """Train with every method at every batch size from every seed."""
     settings = session.settings
     digits = Digits.load(settings.device)
-    seeds = range(settings.seed, settings.seed + (3 if settings.quick else 10))
-    networks: list[tuple[str, Role, type[nn.Module]]] = [
-        ("NF-ResNet with AGC", "ours", nfk.models.NFResNet),
-        ("BatchNorm twin", "peer", BNResNet),
-    ]
-    runs = [(seed, network) for seed in seeds for network in networks]
-    for seed, (name, role, architecture) in session.track(runs, BENCH):
-        torch.manual_seed(seed)
-        model = to_channels_last(architecture(**ARCHITECTURE), settings.device)
-        clip = nfk.AGC(model, CLIP_FACTOR, exclude=("fc",)).clip_ if role == "ours" else None
-        ops = ("agc", "weight_standardize") if role == "ours" else ()
+    batch_sizes, seeds = (QUICK_BATCH_SIZES, 1) if settings.quick else (BATCH_SIZES, SEEDS)
+    runs = list(product(batch_sizes, METHODS, range(settings.seed, settings.seed + seeds)))
+    for batch_size, method, seed in session.track(runs, BENCH):
+        recipe = recipe_for(batch_size)
         with nfk.backend.recording() as executed:
-            curves = train(model, clip, digits, seed, session)
+            outcome = train_from(seed, method, recipe, digits)
         try:
-            backend = served_by(name, role, ops, executed, settings.device)
+            backend = served_by(method.name, method.role, method.ops, executed, settings.device)
         except BenchmarkError as error:
-            session.report_incident(Incident(BENCH, name, "failed", str(error)))
+            session.report_incident(Incident(BENCH, f"batch {batch_size}, seed {seed}", "failed", str(error)))
             continue
-        session.add_training(Training(name, role, backend, seed, *curves))
+        session.add_training(
+            Training(
+                method.name,
+                method.role,
+                backend,
+                seed,
+                **asdict(outcome),
+                batch_size=batch_size,
+                learning_rate=recipe.learning_rate,
+            )
+        )
 
 
-def train(
-    model: nn.Module, clip: Callable[[], None] | None, digits: Digits, seed: int, session: Session
-) -> tuple[float, list[float], list[float]]:
-    """Seconds, and test accuracy and mean training loss after every epoch."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    steps_per_epoch = len(digits.train_labels) // BATCH_SIZE
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, steps_per_epoch))
-    generator = torch.Generator().manual_seed(seed)
-    accuracies, losses = [], []
-    start = time.perf_counter()
-    for _ in session.track(range(EPOCHS), f"  {type(model).__name__}, seed {seed}"):
-        epoch_losses = []
-        for images, labels in digits.batches(generator):
-            optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
-            loss.backward()
-            if clip is not None:
-                clip()
-            optimizer.step()
-            schedule.step()
-            epoch_losses.append(loss.detach())
-        accuracies.append(accuracy(model, digits))
-        losses.append(torch.stack(epoch_losses).mean().item())
-    return time.perf_counter() - start, accuracies, losses
-
-
-def learning_rate_factor(steps_per_epoch: int, step: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warm_up = WARM_UP_EPOCHS * steps_per_epoch
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / (EPOCHS * steps_per_epoch - warm_up))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Percentage of the test images that are classified correctly."""
-    model.eval()
-    correct = (model(digits.test_images).argmax(1) == digits.test_labels).sum().item()
-    model.train()
-    return 100 * correct / len(digits.test_labels)
+def train_from(seed: int, method: Method, recipe: Recipe, digits: Digits) -> Outcome:
+    """Train a method's network, whose weights and batches come from the seed."""
+    torch.manual_seed(seed)
+    model = to_channels_last(method.network(**ARCHITECTURE), str(digits.train_images.device))
+    return train(model, method.clipping(model, recipe.batch_size), digits, recipe, seed)

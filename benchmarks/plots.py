@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -11,11 +12,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.results import BENCHES, ModelFigures, Results, Role, Timing
+from benchmarks.results import BENCHES, ModelFigures, Results, Role, Timing, Training
 
 COLOURS: dict[Role, str] = {"ours": "#1b7f5c", "peer": "#9aa5b1", "ceiling": "#c8553d"}
+TRAINING_COLOURS = (COLOURS["ours"], "#d9a441", COLOURS["ceiling"], COLOURS["peer"])
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -82,22 +84,34 @@ def plot_case(axes: Axes, case: str, timings: list[Timing]) -> None:
 
 
 def plot_trainings(results: Results, path: Path) -> None:
-    """Test accuracy by epoch, one line per network and seed."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    labelled = set()
-    for training in results.trainings:
-        label = None if training.contestant in labelled else training.contestant
-        labelled.add(training.contestant)
-        epochs = range(1, len(training.test_accuracy) + 1)
-        axes.plot(epochs, training.test_accuracy, color=COLOURS[training.role], label=label, linewidth=1.5)
-    axes.set_ylim(80, 100.5)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{BENCHES['convergence']} ({results.environment.machine})", fontweight="bold")
-    axes.legend(frameon=False, loc="lower right")
+    """Test accuracy by batch size, a line per contestant with the range of its seeds: all of it and its upper end."""
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure.suptitle(f"{BENCHES['convergence']} ({results.environment.machine})", fontweight="bold")
+    contestants = dict.fromkeys(training.contestant for training in results.trainings)
+    for axes, lowest in zip(panels, (0, 90), strict=True):
+        for name, colour in zip(contestants, itertools.cycle(TRAINING_COLOURS)):
+            plot_training(axes, {size: runs[name] for size, runs in results.trained().items() if name in runs}, colour)
+        axes.plot([], [], "x", color="black", label="a seed diverged")
+        axes.set_ylim(lowest, 100 + (100 - lowest) / 50)
+        axes.set_xlabel("batch size; learning rate in proportion")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(results.trained()))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_ylabel("test accuracy, %")
+    panels[0].legend(frameon=False, loc="lower left")
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_training(axes: Axes, runs_of: dict[int, list[Training]], colour: str) -> None:
+    """The line of one contestant, given its runs by batch size; a cross where a seed diverged."""
+    name = next(iter(runs_of.values()))[0].contestant
+    reached = [[run.test_accuracy[-1] for run in runs] for runs in runs_of.values()]
+    means = [mean(one) for one in reached]
+    axes.plot(list(runs_of), means, color=colour, linewidth=1.5, label=name)
+    axes.fill_between(list(runs_of), list(map(min, reached)), list(map(max, reached)), color=colour, alpha=0.15, lw=0)
+    for size, middle, runs in zip(runs_of, means, runs_of.values(), strict=True):
+        axes.plot(size, middle, "x" if any(run.diverged for run in runs) else "o", color=colour, markersize=5)
 
 
 def plot_models(results: Results, path: Path) -> None:

@@ -21,7 +21,7 @@ COLUMNS = {
     "on a GPU": ["Timed", "Host ms", "Peak MB", "Goal"],
     "models": ["Network", "Params, M", "MACs, G", "Image", "Step, ms", "Inference, ms", "Peak MB", "Top-1, %"],
     "goals": ["Machine", "Work", "Goal", "Reached"],
-    "trainings": ["Network", "Seed", "Backend", "Test accuracy, %", "Best epoch, %", "Time, s"],
+    "trainings": ["Case", "Contestant", "Backend", "Test accuracy, %", "Lowest to highest", "Diverged", "Time, s"],
 }
 
 
@@ -43,8 +43,8 @@ def print_report(results: Results, console: Console) -> None:
         columns, rows = table(results, bench)
         if rows:
             console.print(rich_table(title, columns, rows))
-        if rows and bench == "models":
-            console.print(models_note(results.models), highlight=False)
+        if rows and (text := note(results, bench)):
+            console.print(text, highlight=False)
     console.print(machine_line(results))
 
 
@@ -66,8 +66,8 @@ def summary(results: Results) -> str:
     parts = ["# Benchmark results", f"{machine_line(results)}\n\n`{results.environment.command}`"]
     for bench, title in BENCHES.items():
         columns, rows = table(results, bench)
-        note = f"{models_note(results.models)}\n\n" if bench == "models" and rows else ""
-        parts.append(f"## {title}\n\n{note}{markdown(columns, rows) if rows else NOT_MEASURED}")
+        figures = [note(results, bench), markdown(columns, rows)] if rows else [NOT_MEASURED]
+        parts.append("\n\n".join([f"## {title}", *filter(None, figures)]))
     if results.timings:
         parts.append(f"## Goals\n\n{markdown(COLUMNS['goals'], goal_rows([results]))}")
     if results.incidents:
@@ -79,7 +79,7 @@ def summary(results: Results) -> str:
 def table(results: Results, bench: str) -> tuple[list[str], list[list[str]]]:
     """Column titles and rows of one bench."""
     if bench == "convergence":
-        return COLUMNS["trainings"], [training_row(training) for training in results.trainings]
+        return COLUMNS["trainings"], training_rows(results)
     if bench == "models":
         return COLUMNS["models"], [model_row(results, model) for model in results.models]
     on_gpu = results.environment.gpu is not None
@@ -131,6 +131,13 @@ def model_row(results: Results, model: ModelFigures) -> list[str]:
     ]
 
 
+def note(results: Results, bench: str) -> str:
+    """What has to be known of the table of a bench that has figures; mostly nothing."""
+    if bench == "convergence":
+        return trainings_note(results)
+    return models_note(results.models) if bench == "models" else ""
+
+
 def models_note(models: Sequence[ModelFigures]) -> str:
     """What has to be known of the table of networks."""
     sizes = sorted({model.batch_size for model in models})
@@ -151,16 +158,62 @@ def megabytes(timing: Timing) -> str:
     return "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e6:.0f}"
 
 
-def training_row(training: Training) -> list[str]:
-    """One training run's figures as text."""
-    return [
-        training.contestant,
-        str(training.seed),
-        training.backend or "-",
-        f"{training.test_accuracy[-1]:.2f}",
-        f"{max(training.test_accuracy):.2f}",
-        f"{training.seconds:.1f}",
+def training_rows(results: Results) -> list[list[str]]:
+    """The training runs as text, those of all seeds in one row."""
+    rows = []
+    for batch_size, contestants in results.trained().items():
+        for index, (name, runs) in enumerate(contestants.items()):
+            reached = final_accuracies(runs)
+            row = [
+                f"batch {batch_size}, learning rate {runs[0].learning_rate:g}" if index == 0 else "",
+                name,
+                runs[0].backend or "-",
+                f"{mean(reached):.1f}",
+                f"{min(reached):.1f} to {max(reached):.1f}",
+                f"{sum(run.diverged for run in runs)} of {len(runs)}",
+                f"{mean(run.seconds for run in runs):.1f}",
+            ]
+            rows.append(row)
+    return rows
+
+
+def trainings_note(results: Results) -> str:
+    """How the networks were trained, up to where that went well, and how ours compares at the largest batch size."""
+    trained = results.trained()
+    names = dict.fromkeys(training.contestant for training in results.trainings)
+    stable = ", ".join(f"{name} {largest_stable(trained, name) or 'none'}" for name in names)
+    parts = [
+        f"{max(len(training.test_accuracy) for training in results.trainings)} epochs, the learning rate linear in the "
+        "batch size. Test accuracy in the end: mean and range over seeds, diverged ones included (the loss became "
+        "infinite or NaN, or the accuracy is that of guessing). The settings were chosen on images held out from the "
+        f"training images (benchmarks/tune_convergence.py). Largest batch up to which no seed diverged: {stable}."
     ]
+    (ours, own), *others = ((name, final_accuracies(runs)) for name, runs in trained[max(trained)].items())
+    if others:
+        gaps = ", ".join(f"{mean(own) - mean(reached):+.1f} {name}{overlap(own, reached)}" for name, reached in others)
+        parts.append(f"Percentage points from the others to {ours} at batch {max(trained)}: {gaps}.")
+    return " ".join(parts)
+
+
+def largest_stable(trained: dict[int, dict[str, list[Training]]], name: str) -> int:
+    """The largest batch size up to which no run of a contestant diverged; 0 if one did at the smallest."""
+    largest = 0
+    for batch_size in sorted(trained):
+        runs = trained[batch_size].get(name, [])
+        if not runs or any(run.diverged for run in runs):
+            break
+        largest = batch_size
+    return largest
+
+
+def overlap(some: list[float], others: list[float]) -> str:
+    """A remark where two contestants differ by no more than their seeds do."""
+    return " (the seeds' ranges overlap)" if min(some) <= max(others) and min(others) <= max(some) else ""
+
+
+def final_accuracies(runs: Iterable[Training]) -> list[float]:
+    """Test accuracy in percent in the end of training, of every seed."""
+    return [run.test_accuracy[-1] for run in runs]
 
 
 def machine_line(results: Results) -> str:
@@ -207,7 +260,7 @@ def readme_rows(results: Results, bench: str, title: str) -> list[list[str]]:
     cases = results.cases(bench).items()
     rows = [readme_row(case, timings, verdicts(results, bench, case, timings)) for case, timings in cases]
     if bench == "convergence" and results.trainings:
-        rows = [readme_training_row(results.trainings)]
+        rows = [readme_training_row(size, contestants) for size, contestants in results.trained().items()]
     return [[f"**{title}**", "", "", ""], *rows] if rows else [[f"**{title}**", *[NOT_MEASURED] * 3]]
 
 
@@ -224,19 +277,16 @@ def readme_row(case: str, timings: list[Timing], reached: str) -> list[str]:
     return [case, f"{milliseconds(ours.median_ms)} ms", against, last]
 
 
-def readme_training_row(trainings: list[Training]) -> list[str]:
-    """Mean test accuracy over the seeds."""
-
-    def describe(role: str) -> str:
-        runs = [training for training in trainings if training.role == role]
-        if not runs:
-            return NOT_MEASURED
-        return f"{runs[0].contestant} {mean(run.test_accuracy[-1] for run in runs):.2f} %"
-
-    seeds = len({training.seed for training in trainings})
-    epochs = len(trainings[0].test_accuracy)
-    case = f"test accuracy after {epochs} epochs, {'1 seed' if seeds == 1 else f'mean of {seeds} seeds'}"
-    return [case, describe("ours"), describe("peer"), "-"]
+def readme_training_row(batch_size: int, contestants: dict[str, list[Training]]) -> list[str]:
+    """Mean test accuracy over the seeds, of ours, the first one, and of the others."""
+    described = []
+    for name, runs in contestants.items():
+        diverged = sum(run.diverged for run in runs)
+        suffix = f" ({diverged} of {len(runs)} diverged)" if diverged else ""
+        described.append(f"{name} {mean(final_accuracies(runs)):.1f} %{suffix}")
+    seeds = max(map(len, contestants.values()))
+    case = f"batch {batch_size}: test accuracy, {'1 seed' if seeds == 1 else f'mean of {seeds} seeds'}"
+    return [case, described[0], "; ".join(described[1:]), "-"]
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:

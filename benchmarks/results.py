@@ -56,7 +56,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Training:
-    """One network's training run: test accuracy in percent and mean training loss after every epoch."""
+    """One network's training run: test accuracy in percent and mean training loss after every epoch.
+
+    ``diverged``: the loss became infinite or NaN, which ended the run and is not in ``train_loss``, or the accuracy was
+    in the end that of guessing. Older results have no batch size: it was 32, the learning rate 0.3.
+    """
 
     contestant: str
     role: Role
@@ -65,6 +69,9 @@ class Training:
     seconds: float
     test_accuracy: list[float]
     train_loss: list[float]
+    batch_size: int = 32
+    learning_rate: float = 0.3
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,13 @@ class Results:
         for timing in self.timings:
             if timing.bench == bench:
                 grouped.setdefault(timing.case, []).append(timing)
+        return grouped
+
+    def trained(self) -> dict[int, dict[str, list[Training]]]:
+        """The training runs by batch size and contestant: one per seed."""
+        grouped: dict[int, dict[str, list[Training]]] = {}
+        for training in self.trainings:
+            grouped.setdefault(training.batch_size, {}).setdefault(training.contestant, []).append(training)
         return grouped
 
     def times(self, model: ModelFigures) -> tuple[Timing | None, Timing | None]:

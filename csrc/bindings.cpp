@@ -3,9 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <vector>
 
-#include "agc_table.h"
+#include "step_table.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "python/snapshot.h"
@@ -19,12 +20,29 @@ using Ints = std::vector<int64_t>;
 
 void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); }
 
+nfk::UnitStatistics* statistics_at(int64_t address) { return static_cast<nfk::UnitStatistics*>(pointer(address)); }
+
+// Addresses of 0: none.
 nfk::AgcTable agc_table(const Ints& weights, const Ints& counts, const Ints& lengths, const Ints& weight_dtypes,
-                        const Ints& grad_dtypes) {
+                        const Ints& grad_dtypes, const Ints& statistics) {
   nfk::AgcTable table;
   for (size_t i = 0; i < weights.size(); ++i) {
-    table.tensors.push_back({pointer(weights[i]), nullptr, static_cast<DType>(weight_dtypes[i]),
-                             static_cast<DType>(grad_dtypes[i]), {counts[i], lengths[i]}});
+    table.tensors.push_back({pointer(weights[i]), nullptr, statistics_at(statistics[i]),
+                             static_cast<DType>(weight_dtypes[i]), static_cast<DType>(grad_dtypes[i]),
+                             {counts[i], lengths[i]}});
+  }
+  return table;
+}
+
+nfk::SgdTable sgd_table(const Ints& weights, const Ints& momenta, const Ints& averages, const Ints& counts,
+                        const Ints& lengths, const Ints& weight_dtypes, const Ints& grad_dtypes, const Ints& statistics,
+                        const Ints& groups) {
+  nfk::SgdTable table;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    table.tensors.push_back({pointer(weights[i]), nullptr, pointer(momenta[i]), pointer(averages[i]),
+                             statistics_at(statistics[i]), static_cast<DType>(weight_dtypes[i]),
+                             static_cast<DType>(grad_dtypes[i]), {counts[i], lengths[i]},
+                             static_cast<int>(groups[i])});
   }
   return table;
 }
@@ -50,6 +68,37 @@ void agc(const nfk::AgcTable& table, const nfk::Addresses& grads, double clip_fa
   const auto kernel = nfk::cpu::kernels().agc;
   nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
     kernel(tensors[task.tensor], config, task.first, task.last);
+  });
+}
+
+// clip_factor: None for gradients that are not clipped.
+nfk::SgdConfig sgd_config(double lr, double momentum, double dampening, double weight_decay, double average_decay,
+                          bool maximize, bool nesterov, std::optional<double> clip_factor, double eps) {
+  const nfk::AgcConfig clip{clip_factor.value_or(0.0), eps, 2.0, nfk::Norm::two};
+  return {lr, momentum, dampening, weight_decay, average_decay, maximize ? -1.0 : 1.0, nesterov,
+          clip_factor.has_value(), clip};
+}
+
+// `value`, times the float32 at an address, if there is one.
+double times(double value, int64_t address) {
+  return address ? value * *static_cast<const float*>(pointer(address)) : value;
+}
+
+// As the CUDA kernels do it, the scalars are read when the step runs: learning rates, of which each multiplies its group's,
+// the loss scale, and found_inf, which lets nothing happen unless it is 0. Addresses of 0: none.
+void sgd_agc(const nfk::SgdTable& table, const nfk::Addresses& grads, std::vector<nfk::SgdConfig> configs,
+             const Ints& lrs, int64_t grad_scale, int64_t found_inf, int threads) {
+  if (found_inf && times(1.0, found_inf) != 0.0) return;
+  for (size_t i = 0; i < configs.size(); ++i) {
+    configs[i].lr = times(configs[i].lr, lrs[i]);
+    configs[i].grad_factor /= times(1.0, grad_scale);
+  }
+  const std::vector<nfk::SgdTensor> tensors = table.with(grads);
+  std::vector<nfk::cpu::Task> tasks;
+  for (size_t i = 0; i < tensors.size(); ++i) nfk::cpu::append_tasks(tasks, i, tensors[i].units);
+  const auto kernel = nfk::cpu::kernels().sgd_agc;
+  nfk::cpu::run_tasks(tasks, threads, [&](const nfk::cpu::Task& task) {
+    kernel(tensors[task.tensor], configs[tensors[task.tensor].group], task.first, task.last);
   });
 }
 
@@ -116,10 +165,16 @@ PYBIND11_MODULE(_C, m) {
       .def("__iter__", [](const nfk::Addresses& self) { return py::iter(py::cast(values(self))); });
   py::implicitly_convertible<py::list, nfk::Addresses>();
   py::class_<nfk::AgcTable>(m, "AgcTable").def(py::init(&agc_table));
+  py::class_<nfk::SgdTable>(m, "SgdTable").def(py::init(&sgd_table));
+  py::class_<nfk::SgdConfig>(m, "SgdConfig").def(py::init(&sgd_config), py::kw_only(), py::arg("lr"),
+                                                 py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"),
+                                                 py::arg("average_decay"), py::arg("maximize"), py::arg("nesterov"),
+                                                 py::arg("clip_factor"), py::arg("eps"));
   py::class_<nfk::Snapshot>(m, "Snapshot")
       .def_static("take", &nfk::Snapshot::take)
       .def("gradients", &nfk::Snapshot::gradients);
   m.def("agc", &agc, release_gil());
+  m.def("sgd_agc", &sgd_agc, release_gil());
   m.def("weight_standardize", &weight_standardize, release_gil());
   m.def("scaled_activation", &scaled_activation, release_gil());
   m.def("residual", &residual, release_gil());

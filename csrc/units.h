@@ -14,12 +14,32 @@ struct Units {
   int64_t length;
 };
 
+// What clipping has done to a unit since the counts were set to 0.
+struct UnitStatistics {
+  float steps;
+  float clipped;  // steps in which it was clipped
+  float largest;  // ratio of gradient norm to parameter norm
+};
+
 struct AgcTensor {
   const void* weight;
   void* grad;
+  UnitStatistics* statistics;  // one per unit; null: nothing is counted
   DType weight_dtype;
   DType grad_dtype;
   Units units;
+};
+
+struct SgdTensor {
+  void* weight;
+  const void* grad;
+  void* momentum;  // of the weight's dtype; null: none
+  void* average;   // exponential moving average of the weight, in its accumulation type; null: none
+  UnitStatistics* statistics;
+  DType weight_dtype;
+  DType grad_dtype;
+  Units units;
+  int group;  // the parameter group whose configuration holds
 };
 
 // A weight of `rows x columns` elements per unit. `transposed`: the standardized weight stores a unit as columns x rows

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-OPS = ("weight_standardize", "scaled_activation", "residual", "agc")
+OPS = ("weight_standardize", "scaled_activation", "residual", "agc", "sgd_agc")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # Fastest first; a device type that is not named here has the reference alone. ROCm calls its devices "cuda" too.

@@ -230,19 +230,6 @@ def agc_(
             whose elements share memory. Nothing is written then.
     """
     ops.agc.check_options(clip_factor, eps, norm_type, rule, backend)
-    if isinstance(parameters, Tensor):
-        parameters = [parameters]
-    if not isinstance(parameters, Iterable) or isinstance(parameters, torch.nn.Module):
-        raise TypeError(f"parameters must be a tensor or an iterable of tensors, got {type(parameters).__name__}")
-    weights, grads, seen = [], [], set()
-    for i, parameter in enumerate(parameters):
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
-        grad = parameter.grad
-        if grad is not None and id(parameter) not in seen:
-            seen.add(id(parameter))
-            ops.agc.check_gradient(f"parameters[{i}]", parameter, grad)
-            weights.append(parameter)
-            grads.append(grad)
+    weights, grads = ops.agc.with_gradients(parameters)
     with torch.no_grad():
         ops.agc.agc_(weights, grads, clip_factor, eps, norm_type, rule, backend)

@@ -22,6 +22,8 @@ prepare_interpreter()
 prepare()  # before any test imports timm
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
+# The processes of pytest-xdist share the cores; what depends on the number of threads sets it.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 # A module that tests/emulator.py has built: the tests of the ops run the CUDA kernels too, on the CPU.
 if "NFK_TEST_CUDA_EMULATOR" in os.environ:
     from .emulator import serve_cpu_tensors

@@ -16,6 +16,7 @@ from types import ModuleType
 from unittest import mock
 
 import pybind11
+from filelock import FileLock
 
 from nfnets_kernels import backend
 
@@ -46,14 +47,7 @@ def _run(command: list[str]) -> None:
     assert compiled.returncode == 0, f"{' '.join(command)}\n{compiled.stderr}"
 
 
-def build_library(name: str, sources: Iterable[Path], headers: Iterable[Path], flags: list[str]) -> Path:
-    """Compiles the sources, and the emulator, side by side; skipped where the same was built before."""
-    sources = [*sources, STAND_IN / "emulator.cpp"]
-    digest = _digest([*FLAGS, *flags], [*sources, *headers, *STAND_IN.glob("*.h")])
-    library = ROOT / "build" / f"cuda_emulator-{digest}" / name
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
+def _compile(library: Path, sources: Iterable[Path], flags: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compile_one(source: Path) -> str:
@@ -61,9 +55,20 @@ def build_library(name: str, sources: Iterable[Path], headers: Iterable[Path], f
             _run(["g++", *FLAGS, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT)), "-o", out])
             return out
 
-        linked = Path(folder, name)
+        linked = Path(folder, library.name)
         _run(["g++", "-shared", *flags, *pool.map(compile_one, sources), "-o", str(linked)])
-        linked.replace(library)  # at once: another process may build the same
+        linked.replace(library)  # whole or not there, should the build be interrupted
+
+
+def build_library(name: str, sources: Iterable[Path], headers: Iterable[Path], flags: list[str]) -> Path:
+    """Compiles the sources, and the emulator, side by side; skipped where the same was built before."""
+    sources = [*sources, STAND_IN / "emulator.cpp"]
+    digest = _digest([*FLAGS, *flags], [*sources, *headers, *STAND_IN.glob("*.h")])
+    library = ROOT / "build" / f"cuda_emulator-{digest}" / name
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.parent / "lock"):  # another process may need the same
+        if not library.exists():
+            _compile(library, sources, flags)
     return library
 
 

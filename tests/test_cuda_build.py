@@ -197,6 +197,7 @@ class Report(NamedTuple):
     functions: dict[str, list[int]]  # by ptxas, with what kernels call: bytes of stack, spill stores and loads
     kernels: dict[str, list[int]]  # by the finished code: bytes of stack and of other local memory
     registers: dict[str, int]  # of a kernel's thread
+    accesses: list[Counter[str]]  # how often a kernel's PTX has each to global memory, such as "ld.global.nc.v4.u32"
 
     def wasteful(self) -> set[str]:
         """What keeps in memory that which was meant for registers."""
@@ -206,13 +207,16 @@ class Report(NamedTuple):
 def compile_for_target(source: Path, folder: Path) -> Report:
     cubin = folder / f"{source.stem}.cubin"
     flags = [flag for flag in SETUP["NVCC_FLAGS"] if not flag.startswith("-Xcompiler")]
-    log = run(NVCC, *flags, "-cubin", f"-arch={TARGET}", "-Xptxas=-v", source, "-o", cubin)
+    kept = ["-keep", f"-keep-dir={folder}"]  # PTX
+    log = run(NVCC, *flags, *kept, "-cubin", f"-arch={TARGET}", "-Xptxas=-v", source, "-o", cubin)
     functions = {name: list(map(int, used)) for name, *used in _PTXAS.findall(log)}
     resources = _CODE.findall(run(TOOLS / "cuobjdump", "--dump-resource-usage", cubin))
     kernels = {name: [int(stack), int(local)] for name, _, stack, local in resources}
     compiled = re.findall(rf"Compiling entry function '(\w+)' for '{TARGET}'", log)
     assert compiled and set(compiled) <= functions.keys() and set(compiled) <= kernels.keys()
-    return Report(functions, kernels, {name: int(registers) for name, registers, _, _ in resources})
+    entries = cubin.with_suffix(".ptx").read_text().split(".entry ")[1:]
+    accesses = [Counter(re.findall(r"\b(?:ld|st)\.global[\w.:]*", entry)) for entry in entries]
+    return Report(functions, kernels, {name: int(registers) for name, registers, _, _ in resources}, accesses)
 
 
 @pytest.fixture(scope="session")
@@ -244,34 +248,18 @@ def test_blocks_that_share_a_multiprocessor(reports, name, blocks):
     assert min(warps.values()) // 4 >= blocks, warps
 
 
-@pytest.fixture(scope="session")
-def accesses(tmp_path_factory) -> dict[str, list[Counter[str]]]:
-    """Source -> how often each kernel's PTX has each access to global memory, such as "ld.global.nc.v4.u32"."""
-    folder = tmp_path_factory.mktemp("ptx")
-    flags = [flag for flag in SETUP["NVCC_FLAGS"] if not flag.startswith("-Xcompiler")]
-
-    def compile_to_ptx(name: str) -> list[Counter[str]]:
-        out = folder / f"{name}.ptx"
-        run(NVCC, *flags, "-ptx", f"-arch={TARGET}", CSRC / "cuda" / f"{name}.cu", "-o", out)
-        entries = out.read_text().split(".entry ")[1:]
-        return [Counter(re.findall(r"\b(?:ld|st)\.global[\w.:]*", entry)) for entry in entries]
-
-    names = ("agc", "weight_standardize")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(names, pool.map(compile_to_ptx, names), strict=True))
-
-
 @needs_nvcc
-def test_memory_is_accessed_in_16_byte_pieces(accesses):
-    for kernel in accesses["agc"]:  # nine pieces a thread of each tensor
+def test_memory_is_accessed_in_16_byte_pieces(reports):
+    for kernel in reports["agc"].accesses:  # nine pieces a thread of each tensor
         assert kernel["ld.global.nc.v4.u32"] == kernel["ld.global.cg.v4.u32"] == kernel["st.global.wb.v4.u32"] == 9
-    for kernel in accesses["weight_standardize"]:
+    for kernel in reports["weight_standardize"].accesses:
         assert kernel["ld.global.nc.v4.u32"] > 0 and kernel["st.global.wb.v4.u32"] > 0
 
 
 @needs_nvcc
-def test_every_store_is_one_that_the_emulator_watches(accesses):
-    stores = {name for kernels in accesses.values() for kernel in kernels for name in kernel if name.startswith("st")}
+def test_every_store_is_one_that_the_emulator_watches(reports):
+    kernels = [kernel for report in reports.values() for kernel in report.accesses]
+    stores = {name for kernel in kernels for name in kernel if name.startswith("st")}
     assert stores and all(name.startswith("st.global.wb.") for name in stores)
 
 

@@ -172,7 +172,8 @@ def test_networks_that_nobody_trained_point_to_those_that_timm_did(hub, monkeypa
 
 
 @pytest.mark.parametrize(
-    "make", [nfnet_f7, nfnet_f0_plus, nf_resnet26, nf_regnet_b0, partial(like_timm, "nfnet_f0")], ids=str
+    "make",
+    [nfnet_f7, nfnet_f0_plus, nf_resnet26, nf_regnet_b0, pytest.param(partial(like_timm, "nfnet_f0"), id="like_timm")],
 )
 def test_networks_without_published_weights_say_which_have_some(hub, make):
     with pytest.raises(ValueError, match=r"no weights are published for .*dm_nfnet_f0, .*nf_resnet50"):

@@ -61,7 +61,8 @@ def accesses(ptx: str, signature: dict[str, str]) -> dict[str, int]:
     "pointers". Addresses are followed back to it through the instructions that computed them.
     """
     parameters = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
-    pointers = {f"_param_{i}": name for i, (name, kind) in enumerate(parameters) if kind.startswith("*")}
+    # a 64-bit integer is the address of a scalar
+    pointers = {f"_param_{i}": name for i, (name, kind) in enumerate(parameters) if kind.startswith("*") or kind == "i64"}
     sources: dict[str, set[str]] = defaultdict(set)
     loaded_from: dict[str, str] = {}
     found = []
@@ -134,9 +135,39 @@ def agc(
     shapes: list[tuple[int, ...]],
     layout: str = "contiguous",
     norm: float = 2.0,
+    counted: bool = False,
 ) -> None:
     weights, grads = ([LAYOUTS[layout](torch.ones(s, dtype=d)) for s in shapes] for d in (dtype, grad_dtype))
-    nfk.ops.agc.agc_(weights, grads, 0.01, 1e-3, norm, "timm", "triton")
+    statistics = statistics_of(shapes) if counted else None
+    nfk.ops.agc.agc_(weights, grads, 0.01, 1e-3, norm, "timm", "triton", statistics)
+
+
+def statistics_of(shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    return [torch.zeros(shape[0] if len(shape) > 1 else 1, 3) for shape in shapes]
+
+
+def sgd_agc(
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    layout: str = "contiguous",
+    states: bool = True,
+    counted: bool = False,
+    clip_factor: float | None = 0.01,
+) -> None:
+    """states: momentum buffers and averages."""
+    accumulated = torch.promote_types(dtype, torch.float32)
+    weights, grads, momentum_buffers, averages = (
+        [LAYOUTS[layout](torch.ones(s, dtype=d)) for s in shapes] for d in (dtype, grad_dtype, dtype, accumulated)
+    )
+    if not states:
+        momentum_buffers, averages = [], []
+    statistics = statistics_of(shapes) if counted else []
+    hyper = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 2e-5, "nesterov": True, "maximize": False}
+    nfk.ops.sgd_agc.sgd_agc_(
+        weights, grads, momentum_buffers, averages, statistics, *[torch.ones(())] * 3,
+        *hyper.values(), clip_factor, 1e-3, 0.999, "timm", "triton",
+    )  # fmt: skip
 
 
 def scaled_activation(dtype: torch.dtype, name: str, layout: str = "contiguous", approximate: str = "none") -> None:
@@ -193,6 +224,8 @@ STREAMING: dict[str, Callable[..., None]] = {
     "agc float32": partial(agc, F32, F32, WIDE),
     "agc mixed": partial(agc, F32, BF16, WIDE),
     "agc bfloat16": partial(agc, BF16, BF16, WIDE),
+    "sgd_agc float32": partial(sgd_agc, F32, F32, WIDE),
+    "sgd_agc bfloat16": partial(sgd_agc, BF16, BF16, WIDE),
     "scaled_activation float32": partial(scaled_activation, F32, "gelu"),
     "scaled_activation bfloat16": partial(scaled_activation, BF16, "gelu"),
     "residual float32": partial(residual, F32, "gelu"),
@@ -220,6 +253,13 @@ CASES: dict[str, Callable[[], None]] = {
     "agc norm inf": partial(agc, F32, F32, WIDE, norm=float("inf")),
     "agc norm 3": partial(agc, F32, F32, WIDE, norm=3.0),
     "agc long": partial(agc, F32, F32, [(2, 50_000)]),
+    "agc counted": partial(agc, F32, F32, [*MODEL, (2, 50_000)], counted=True),
+    "sgd_agc model": partial(sgd_agc, F32, F32, MODEL),
+    "sgd_agc counted": partial(sgd_agc, F32, F32, [*MODEL, (2, 50_000)], counted=True),
+    "sgd_agc mixed": partial(sgd_agc, F32, BF16, MODEL[:5]),
+    "sgd_agc float64": partial(sgd_agc, F64, F64, MODEL[:4]),
+    "sgd_agc without states": partial(sgd_agc, F32, F32, MODEL[:5], states=False),
+    "sgd_agc without clipping": partial(sgd_agc, F32, F32, MODEL[:5], clip_factor=None),
     **{f"scaled_activation {name}": partial(scaled_activation, F32, name) for name in GAMMA},
     "scaled_activation gelu_tanh": partial(scaled_activation, F32, "gelu", approximate="tanh"),
     "scaled_activation float64": partial(scaled_activation, F64, "gelu"),

@@ -13,7 +13,8 @@ void agc(const AgcTensor& t, const AgcConfig& config, int64_t first, int64_t las
       using G = decltype(g);
       for (int64_t unit = first; unit < last; ++unit) {
         const Run<W> weight{static_cast<W*>(t.weight) + unit * n, n};
-        clip_unit(Team{}, weight, Run<G>{static_cast<G*>(t.grad) + unit * n, n}, config);
+        UnitStatistics* statistics = t.statistics ? t.statistics + unit : nullptr;
+        clip_unit(Team{}, weight, Run<G>{static_cast<G*>(t.grad) + unit * n, n}, statistics, config);
       }
     });
   });

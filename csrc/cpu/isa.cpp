@@ -6,10 +6,10 @@ namespace nfk {
 namespace cpu {
 namespace {
 
-#define NFK_KERNELS(isa)                                                                                 \
-  {                                                                                                      \
-    #isa, isa::agc, isa::weight_standardize, isa::weight_standardize_backward, isa::scaled_activation,   \
-        isa::scaled_activation_backward, isa::residual, isa::residual_backward                           \
+#define NFK_KERNELS(isa)                                                                                   \
+  {                                                                                                        \
+    #isa, isa::agc, isa::sgd_agc, isa::weight_standardize, isa::weight_standardize_backward,               \
+        isa::scaled_activation, isa::scaled_activation_backward, isa::residual, isa::residual_backward     \
   }
 
 const Kernels baseline_kernels = NFK_KERNELS(baseline);

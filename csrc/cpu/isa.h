@@ -9,6 +9,7 @@
 #include "../kernels/agc.h"
 #include "../kernels/residual.h"
 #include "../kernels/scaled_activation.h"
+#include "../kernels/sgd_agc.h"
 #include "../kernels/weight_standardize.h"
 #include "../units.h"
 
@@ -19,6 +20,7 @@ namespace cpu {
 #define NFK_DECLARE_KERNELS(isa)                                                                                       \
   namespace isa {                                                                                                      \
   void agc(const AgcTensor&, const AgcConfig&, int64_t first, int64_t last);                                           \
+  void sgd_agc(const SgdTensor&, const SgdConfig&, int64_t first, int64_t last);                                       \
   void weight_standardize(const WeightTensor&, double eps, EpsForm, int64_t first, int64_t last);                      \
   void weight_standardize_backward(const WeightTensor&, double eps, EpsForm, int64_t first, int64_t last);             \
   void scaled_activation(const ActivationTensor&, Activation, double scale, int64_t first, int64_t last);              \
@@ -36,6 +38,7 @@ NFK_DECLARE_KERNELS(avx512)
 struct Kernels {
   const char* isa;
   decltype(&baseline::agc) agc;
+  decltype(&baseline::sgd_agc) sgd_agc;
   decltype(&baseline::weight_standardize) weight_standardize;
   decltype(&baseline::weight_standardize_backward) weight_standardize_backward;
   decltype(&baseline::scaled_activation) scaled_activation;

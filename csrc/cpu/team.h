@@ -49,11 +49,14 @@ struct Team {
   template <class Acc, class F>
   NFK_INLINE Acc max(int64_t n, F f) const {
     Acc largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const Acc value = f(i);
-      largest = value > largest || value != value ? value : largest;
-    }
+    for (int64_t i = 0; i < n; ++i) largest = larger(static_cast<Acc>(f(i)), largest);
     return largest;
+  }
+
+  // Calls f(value), by one thread for all.
+  template <class T, class F>
+  NFK_INLINE void update(T* value, F f) const {
+    f(*value);
   }
 
   template <class F>

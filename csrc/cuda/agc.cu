@@ -14,6 +14,7 @@ constexpr int kSingles = 4 * kBlock;
 struct Row {
   const void* weight;
   void* grad;
+  UnitStatistics* statistics;
   int64_t length;
   int count;
   int end;
@@ -41,20 +42,9 @@ int64_t blocks_of(const Row& row) {
   return blocks_of(share_of<W, G>(row), row.count);
 }
 
-struct OneThread {  // a Team for units of one element
-  template <class Acc, class F>
-  __device__ Acc sum(int64_t, F f) const {
-    return f(0);
-  }
-  template <class Acc, class F>
-  __device__ Acc max(int64_t, F f) const {
-    return f(0);
-  }
-  template <class F>
-  __device__ void each(int64_t, F f) const {
-    f(0);
-  }
-};
+__device__ UnitStatistics* statistics_of(const Row& row, int64_t unit) {
+  return row.statistics ? row.statistics + unit : nullptr;
+}
 
 template <class W, class G>
 __device__ void clip_single_elements(const Row& row, int block, const AgcConfig& config) {
@@ -64,7 +54,7 @@ __device__ void clip_single_elements(const Row& row, int block, const AgcConfig&
     const Global<const W> weight{static_cast<const W*>(row.weight) + unit, 1};
     AgcConfig by = config;
     by.norm = Norm::one;  // of one element all norms are the same
-    clip_unit(OneThread{}, weight, Global<G>{static_cast<G*>(row.grad) + unit, 1}, by);
+    clip_unit(OneThread{}, weight, Global<G>{static_cast<G*>(row.grad) + unit, 1}, statistics_of(row, unit), by);
   }
 }
 
@@ -76,22 +66,26 @@ __device__ Slots<DealOf<T>> slots_of(const Team& team, const T* unit, int64_t n)
 // A unit that fits the team's registers. Returns false, and has written nothing, where float32 does not hold what is on the
 // way.
 template <class W, class G>
-__device__ bool clip_held_unit(const Team& team, const W* weight, G* grad, int64_t n, const AgcConfig& config) {
+__device__ bool clip_held_unit(const Team& team, const W* weight, G* grad, int64_t n, UnitStatistics* statistics,
+                               const AgcConfig& config) {
   Held<W, DealOf<W>> w(slots_of(team, weight, n));
   Held<G, DealOf<G>> g(slots_of(team, static_cast<const G*>(grad), n));
   w.fill(weight, ReadOnly{});
   g.fill(grad, Rewritten{});
-  const auto decision = clip_unit_in<Wider<W, G>>(team, w, g, config);
-  if (decision.exact && decision.clips) g.store_to(grad);
-  return decision.exact;
+  const auto decision = decide<Wider<W, G>>(team, w, g, config);
+  if (!decision.exact) return false;
+  apply(team, g, statistics, decision);
+  if (decision.clips) g.store_to(grad);
+  return true;
 }
 
 template <class W, class G>
 __device__ void clip_unit_of(const Team& team, const Row& row, int64_t unit, bool held, const AgcConfig& config) {
   const W* weight = static_cast<const W*>(row.weight) + unit * row.length;
   G* grad = static_cast<G*>(row.grad) + unit * row.length;
-  if (held && config.norm != Norm::p && clip_held_unit(team, weight, grad, row.length, config)) return;
-  clip_unit(team, Global<const W>{weight, row.length}, Global<G>{grad, row.length}, config);
+  UnitStatistics* statistics = statistics_of(row, unit);
+  if (held && config.norm != Norm::p && clip_held_unit(team, weight, grad, row.length, statistics, config)) return;
+  clip_unit(team, Global<const W>{weight, row.length}, Global<G>{grad, row.length}, statistics, config);
 }
 
 // At most 96 registers a thread, so that 5 blocks, 20 warps, share a multiprocessor. A block has all loads of its units
@@ -112,7 +106,7 @@ template <class W, class G>
 void clip_tensors(const std::vector<const AgcTensor*>& tensors, const AgcConfig& config, Queue queue) {
   Launcher<Row, AgcConfig> launcher("agc", clip<W, G>, config, queue);
   for (const AgcTensor* t : tensors) {
-    const Row row{t->weight, t->grad, t->units.length, checked_count("agc", t->units), 0};
+    const Row row{t->weight, t->grad, t->statistics, t->units.length, checked_count("agc", t->units), 0};
     launcher.add(row, blocks_of<W, G>(row));
   }
   launcher.flush();

@@ -23,12 +23,19 @@ struct Add {
   }
 };
 
-struct Largest {  // a NaN, once met, stays
+struct Largest {
   template <class Acc>
   NFK_INLINE Acc operator()(Acc a, Acc b) const {
-    return b > a || b != b ? b : a;
+    return larger(b, a);
   }
 };
+
+template <class T, class F>
+__device__ void rewrite(T* value, F f) {
+  T changed = *value;
+  f(changed);
+  write(value, changed);
+}
 
 struct Team {
   int threads;  // kWarp or kBlock
@@ -84,6 +91,12 @@ struct Team {
     each(order.rows * order.columns, [&](int64_t i) { f(i, across(order, i)); });
   }
 
+  // Calls f(value), by one thread for all.
+  template <class T, class F>
+  __device__ void update(T* value, F f) const {
+    if (thread == 0) rewrite(value, f);
+  }
+
   // The same for a unit whose elements have been dealt out.
   template <class Acc, class D, class F>
   __device__ Acc sum(Slots<D> slots, F f) const {
@@ -130,6 +143,25 @@ struct Team {
 
   __device__ static int64_t across(Transposed order, int64_t i) {
     return i % order.columns * order.rows + i / order.columns;
+  }
+};
+
+struct OneThread {  // a Team for units of one element
+  template <class Acc, class F>
+  __device__ Acc sum(int64_t, F f) const {
+    return f(0);
+  }
+  template <class Acc, class F>
+  __device__ Acc max(int64_t, F f) const {
+    return f(0);
+  }
+  template <class F>
+  __device__ void each(int64_t, F f) const {
+    f(0);
+  }
+  template <class T, class F>
+  __device__ void update(T* value, F f) const {
+    rewrite(value, f);
   }
 };
 

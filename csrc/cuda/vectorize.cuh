@@ -19,6 +19,11 @@ __device__ inline void write(double* p, double value) { __stwb(p, value); }
 __device__ inline void write(float* p, float value) { __stwb(p, value); }
 __device__ inline void write(bfloat16* p, bfloat16 value) { __stwb(&p->bits, value.bits); }
 __device__ inline void write(float16* p, float16 value) { __stwb(&p->bits, value.bits); }
+__device__ inline void write(UnitStatistics* p, UnitStatistics value) {
+  write(&p->steps, value.steps);
+  write(&p->clipped, value.clipped);
+  write(&p->largest, value.largest);
+}
 
 // A unit where it lies in global memory.
 template <class T>
@@ -78,6 +83,12 @@ struct Slots {
   __device__ int start(int group) const { return first + group * stride; }
   __device__ bool has(int index) const { return static_cast<unsigned>(index) < static_cast<unsigned>(n); }
   __device__ bool whole(int index) const { return index >= 0 && index + D::kElements <= n; }
+
+  // The groups from `group` on.
+  template <class Part>
+  __device__ Slots<Part> from(int group) const {
+    return {start(group), stride, n};
+  }
 
   // Calls f(group, index of its first element) for the groups that hold something of the unit.
   template <class F>
@@ -188,6 +199,17 @@ struct Held {
       }
     });
   }
+};
+
+// D::kGroups of the groups that a thread holds.
+template <class Held, class D>
+struct Part {
+  using value_type = typename Held::value_type;
+  Held& held;
+  int first;  // group
+
+  __device__ Slots<D> range() const { return held.slots.template from<D>(first); }
+  __device__ auto& operator[](Slot slot) const { return held[Slot{first + slot.group, slot.element}]; }
 };
 
 // Memory that no thread writes during the launch is read through the first-level cache; what this launch rewrites is not.

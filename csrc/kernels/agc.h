@@ -21,6 +21,7 @@ namespace {
 template <class Acc>
 struct Decision {
   Acc factor;
+  Acc ratio;  // of gradient norm to parameter norm
   bool clips;
   bool exact;  // whether Acc held everything on the way; float64 always does
 
@@ -29,6 +30,7 @@ struct Decision {
     const Acc max_norm = static_cast<Acc>(config.clip_factor) * bound;
     clips = !(grad_norm < max_norm);  // true for a NaN norm, which must reach the gradient
     factor = max_norm / at_least(grad_norm, static_cast<Acc>(1e-6));
+    ratio = grad_norm == 0 ? grad_norm : grad_norm / bound;  // also where eps = 0 lets the bound be 0
     exact = std::is_same<Acc, double>::value || holds(weight_norm, grad_norm, bound, max_norm);
   }
 
@@ -68,25 +70,46 @@ NFK_INLINE void scale_unit(const Team& team, Grad& grad, Acc factor) {
   team.each(grad.range(), [&](auto i) { grad[i] = store<G>(load(grad[i]) * factor); });
 }
 
-// Clips by a 1-, 2- or maximum norm. Where the decision is not exact, nothing has been written.
+// By a 1-, 2- or maximum norm, of the gradient times `grad_scale`.
 template <class Acc, class Team, class Weight, class Grad>
-NFK_INLINE Decision<Acc> clip_unit_in(const Team& team, const Weight& weight, Grad& grad, const AgcConfig& config) {
+NFK_INLINE Decision<Acc> decide(const Team& team, const Weight& weight, const Grad& grad, const AgcConfig& config,
+                                double grad_scale = 1.0) {
   const Acc weight_norm = unit_norm<Acc>(team, weight, config.norm);
-  const Decision<Acc> decision(weight_norm, unit_norm<Acc>(team, grad, config.norm), config);
-  if (decision.exact && decision.clips) scale_unit(team, grad, decision.factor);
-  return decision;
+  return Decision<Acc>(weight_norm, static_cast<Acc>(grad_scale) * unit_norm<Acc>(team, grad, config.norm), config);
+}
+
+// `statistics` may be null.
+template <class Team, class Acc>
+NFK_INLINE void count(const Team& team, UnitStatistics* statistics, const Decision<Acc>& decision) {
+  if (!statistics) return;
+  team.update(statistics, [&](UnitStatistics& counted) {
+    counted.steps += 1.0f;
+    counted.clipped += decision.clips ? 1.0f : 0.0f;
+    counted.largest = larger(static_cast<float>(decision.ratio), counted.largest);
+  });
+}
+
+template <class Team, class Grad, class Acc>
+NFK_INLINE void apply(const Team& team, Grad& grad, UnitStatistics* statistics, const Decision<Acc>& decision) {
+  if (decision.clips) scale_unit(team, grad, decision.factor);
+  count(team, statistics, decision);
 }
 
 // Clips by any norm, once more in float64 where float32 does not hold what is on the way.
 template <class Team, class Weight, class Grad>
-NFK_INLINE void clip_unit(const Team& team, const Weight& weight, Grad grad, const AgcConfig& config) {
+NFK_INLINE void clip_unit(const Team& team, const Weight& weight, Grad grad, UnitStatistics* statistics,
+                          const AgcConfig& config) {
   using Acc = Wider<typename Weight::value_type, typename Grad::value_type>;
   if (config.norm == Norm::p) {
     const double weight_norm = power_norm(team, weight, config.p);
-    const Decision<double> decision(weight_norm, power_norm(team, grad, config.p), config);
-    if (decision.clips) scale_unit(team, grad, decision.factor);
-  } else if (!clip_unit_in<Acc>(team, weight, grad, config).exact) {
-    clip_unit_in<double>(team, weight, grad, config);
+    apply(team, grad, statistics, Decision<double>(weight_norm, power_norm(team, grad, config.p), config));
+    return;
+  }
+  const auto decision = decide<Acc>(team, weight, grad, config);
+  if (decision.exact) {
+    apply(team, grad, statistics, decision);
+  } else {
+    apply(team, grad, statistics, decide<double>(team, weight, grad, config));
   }
 }
 

@@ -131,10 +131,16 @@ NFK_INLINE auto visit(DType dtype, F f) {
   }
 }
 
-// max and min that keep a NaN of either side, as torch.clamp does; std::fmax drops it.
+// A NaN in x stays, as in torch.clamp; std::fmax drops it.
 template <class T>
 NFK_INLINE T at_least(T x, T lowest) {
   return x < lowest ? lowest : x;
+}
+
+// A NaN of either side stays.
+template <class T>
+NFK_INLINE T larger(T a, T b) {
+  return a > b || a != a ? a : b;
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "../agc_table.h"
+#include "../step_table.h"
 #include "../dlpack.h"
 
 namespace nfk {

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-INTEGRATIONS = ("timm",)
+INTEGRATIONS = ("lightning", "timm")
 
 
 def __getattr__(name: str) -> ModuleType:

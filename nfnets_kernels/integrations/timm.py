@@ -23,6 +23,7 @@ from .timm_modules import (
     AcceleratedStage,
     AcceleratedStem,
 )
+from .timm_training import use_agc as use_agc
 
 _CONVOLUTIONS = {ScaledStdConv2d: AcceleratedConv, ScaledStdConv2dSame: AcceleratedConvSame}
 

@@ -2,8 +2,7 @@
 
 import functools
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import backend as backends
 from ..reference import agc as reference
-from .library import check_choice, check_float, define, is_unit_dense, queue, unit_dense
+from .library import check_choice, check_float, define, queue, unit_dense
+from .snapshot import is_plain, snapshot_of
 
 RULES = ("timm", "deepmind")
 
@@ -59,55 +59,94 @@ def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
         )
 
 
+def with_gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, each once, and the gradients, which can all be clipped in place."""
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    if not isinstance(parameters, Iterable) or isinstance(parameters, nn.Module):
+        raise TypeError(f"parameters must be a tensor or an iterable of tensors, got {type(parameters).__name__}")
+    weights: list[Tensor] = []
+    grads: list[Tensor] = []
+    seen = set()
+    for i, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
+        grad = parameter.grad
+        if grad is not None and id(parameter) not in seen:
+            seen.add(id(parameter))
+            check_gradient(f"parameters[{i}]", parameter, grad)
+            weights.append(parameter)
+            grads.append(grad)
+    return weights, grads
+
+
 @torch.no_grad()  # the tensors may require grad, and what follows is no part of their graph
-def _agc(weights, grads, clip_factor, eps, norm_type, rule, backend):
+def _agc(weights, grads, clip_factor, eps, norm_type, rule, backend, statistics=None):
     check_choice("rule", rule, RULES)
-    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    for weight, grad in zip(weights, grads, strict=True):
+    counted = statistics or [None] * len(weights)
+    by_device: dict[torch.device, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+    for weight, grad, counts in zip(weights, grads, counted, strict=True):
         if weight.shape != grad.shape:
             raise ValueError(
                 f"grads must have the shapes of weights, got {tuple(grad.shape)} for {tuple(weight.shape)}"
             )
         if grad.numel():
-            pair = by_device.setdefault(grad.device, ([], []))
-            pair[0].append(weight)
-            pair[1].append(grad)
+            by_device.setdefault(grad.device, []).append((weight, grad, counts))
     kernels = {device: backends.select("agc", device.type, backend) for device in by_device}
-    for device, (device_weights, device_grads) in by_device.items():
-        kernels[device](device_weights, device_grads, clip_factor, eps, norm_type, rule)
-    torch.autograd.graph.increment_version(grads)
+    for device, tensors in by_device.items():
+        on_device = map(list, zip(*tensors, strict=True))
+        kernels[device](*on_device, clip_factor, eps, norm_type, rule)
+    torch.autograd.graph.increment_version([*grads, *(statistics or ())])
 
 
-def _fake(weights, grads, clip_factor, eps, norm_type, rule, backend):
+def _fake(weights, grads, clip_factor, eps, norm_type, rule, backend, statistics=None):
     return None
 
 
 @backends.register("agc", "reference")
-def _reference(weights, grads, clip_factor, eps, norm_type, rule):
-    for weight, grad in zip(weights, grads, strict=True):
-        reference.agc_(weight, grad, clip_factor, eps, norm_type, rule)
+def _reference(weights, grads, statistics, clip_factor, eps, norm_type, rule):
+    for weight, grad, counts in zip(weights, grads, statistics, strict=True):
+        reference.agc_(weight, grad, clip_factor, eps, norm_type, rule, counts)
+
+
+def unit_count(shape: torch.Size, rule: str) -> int:
+    """Units of a tensor with elements."""
+    return 1 if reference.is_one_unit(shape, rule) else shape[0]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor starts; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class Table:
     """A kernel's unit table (csrc/units.h) but for the gradients' addresses: what stays from step to step."""
 
-    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor], rule: str, backend: str) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        statistics: Sequence[Tensor | None],
+        rule: str,
+        backend: str,
+    ) -> None:
         self.rule = rule
         self.backend = backend
         self.device = weights[0].device
         self.dense = list(map(unit_dense, weights))
         self.pointers = [weight.data_ptr() for weight in self.dense]
-        self.counts = [1 if reference.is_one_unit(weight.shape, rule) else weight.shape[0] for weight in weights]
+        self.counts = [unit_count(weight.shape, rule) for weight in weights]
         self.lengths = [weight.numel() // count for weight, count in zip(weights, self.counts, strict=True)]
         self.dtypes = [weight.dtype for weight in weights]
         self.grad_dtypes = [grad.dtype for grad in grads]
+        self.statistics = list(map(address, statistics))
 
     @functools.cached_property
     def extension(self) -> Any:
         """The table as the compiled extensions have it."""
         assert backends.extension is not None
         codes = [[backends.DTYPE_CODES[dtype] for dtype in dtypes] for dtypes in (self.dtypes, self.grad_dtypes)]
-        return backends.extension.AgcTable(self.pointers, self.counts, self.lengths, *codes)
+        return backends.extension.AgcTable(self.pointers, self.counts, self.lengths, *codes, self.statistics)
 
     def clip_(self, addresses: Iterable[int], clip_factor: float, eps: float, norm_type: float) -> None:
         """Clips the dense gradients at these addresses: a list, or the extension's own."""
@@ -140,6 +179,7 @@ def _clip_with_triton(table: Table, addresses: Iterable[int], clip_factor: float
         clip_factor,
         eps,
         norm_type,
+        table.statistics if any(table.statistics) else (),
     )
 
 
@@ -148,10 +188,10 @@ _CLIP = {"cpu": _clip_on_cpu, "cuda": _clip_with_cuda, "triton": _clip_with_trit
 
 def _register(backend: str) -> None:
     @backends.register("agc", backend)
-    def clip(weights, grads, clip_factor, eps, norm_type, rule):
+    def clip(weights, grads, statistics, clip_factor, eps, norm_type, rule):
         dense = list(map(unit_dense, grads))
         addresses = [grad.data_ptr() for grad in dense]
-        Table(weights, grads, rule, backend).clip_(addresses, clip_factor, eps, norm_type)
+        Table(weights, grads, statistics, rule, backend).clip_(addresses, clip_factor, eps, norm_type)
         for grad, clipped in zip(grads, dense, strict=True):
             if grad is not clipped:
                 grad.copy_(clipped)
@@ -159,49 +199,6 @@ def _register(backend: str) -> None:
 
 for _name in _CLIP:
     _register(_name)
-
-
-def _layout(tensor: Tensor | None) -> Any:
-    """What a snapshot holds of a tensor, but for its address; sparse ones are not compared, they never fit."""
-    if tensor is None or tensor.layout is not torch.strided:
-        return tensor if tensor is None else tensor.layout
-    return type(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-
-
-class Snapshot:
-    """How plain parameters and their gradients lie; csrc/python/snapshot.h is the same, in a tenth of the time."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
-        self._grad_layouts = [_layout(parameter.grad) for parameter in parameters]
-        self._state = self._state_of_those_with_gradient()
-
-    def _state_of_those_with_gradient(self) -> list[Any]:
-        """The others may be anything: nothing is done to them."""
-        pairs = zip(self._parameters, self._grad_layouts, strict=True)
-        return [(_layout(parameter), parameter.data_ptr()) for parameter, grad in pairs if grad is not None]
-
-    def gradients(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], Iterable[int]] | None:
-        """The gradients that are not None, and their addresses.
-
-        None where these are other parameters, a parameter's memory or layout changed, or a gradient's layout did.
-        Memory alone says little: a parameter that was given other data may lie where it lay, in a view of the old, or
-        in memory that was freed and given out again.
-        """
-        if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
-            return None
-        grads = [parameter.grad for parameter in parameters]
-        if list(map(_layout, grads)) != self._grad_layouts or self._state_of_those_with_gradient() != self._state:
-            return None
-        there = [grad for grad in grads if grad is not None]
-        return there, [grad.data_ptr() for grad in there]
-
-
-def snapshot_of(parameters: list[Tensor]) -> Any:
-    """The compiled Snapshot where torch (2.11 and newer) describes its tensors to it, else the one above."""
-    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    compiled = backends.extension.Snapshot.take(parameters, api) if backends.extension and api else None
-    return compiled or Snapshot(parameters)
 
 
 class Repeat(NamedTuple):
@@ -227,37 +224,24 @@ class Repeat(NamedTuple):
         return True
 
 
-def _is_plain(weight: Tensor, grad: Tensor, device: torch.device) -> bool:
-    """Whether a kernel takes both as they lie."""
-    return (
-        type(weight) in (Tensor, nn.Parameter)
-        and type(grad) is Tensor
-        and weight.layout is grad.layout is torch.strided
-        and weight.device == grad.device == device
-        and {weight.dtype, grad.dtype} <= backends.DTYPE_CODES.keys()
-        and weight.shape == grad.shape
-        and weight.numel() > 0
-        and is_unit_dense(weight)
-        and is_unit_dense(grad)
-    )
-
-
-def repeat_for(parameters: list[Tensor], rule: str, backend: str) -> Repeat | None:
+def repeat_for(
+    parameters: list[Tensor], rule: str, backend: str, statistics: Callable[[Tensor], Tensor | None]
+) -> Repeat | None:
     """What serves the next steps of these parameters, where one kernel takes all of them as they lie."""
     pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not pairs:
         return None
     device = pairs[0][0].device
     serving = backends.serving("agc", device.type, backend)
-    if serving not in _CLIP or not all(_is_plain(weight, grad, device) for weight, grad in pairs):
+    if serving not in _CLIP or not all(is_plain(weight, grad, device) for weight, grad in pairs):
         return None
     weights, grads = zip(*pairs, strict=True)
-    return Repeat(Table(weights, grads, rule, serving), snapshot_of(parameters))
+    return Repeat(Table(weights, grads, list(map(statistics, weights)), rule, serving), snapshot_of(parameters))
 
 
 agc_ = define(
-    "agc_(Tensor[] weights, Tensor(a!)[] grads, float clip_factor, float eps, float norm_type, str rule, str backend) "
-    "-> ()",
+    "agc_(Tensor[] weights, Tensor(a!)[] grads, float clip_factor, float eps, float norm_type, str rule, str backend, "
+    "Tensor(b!)[]? statistics=None) -> ()",
     _agc,
     _fake,
 )

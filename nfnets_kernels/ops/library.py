@@ -71,9 +71,16 @@ def dense_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=memory_format)
 
 
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in one order; strides of dims of size 1 do not tell."""
+    if a.stride() == b.stride():
+        return True
+    return all(size < 2 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
 def aligned(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor itself if it has the strides of `like`, a dense tensor; otherwise a copy that has."""
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    """The tensor itself if its elements lie in the order of `like`, a dense tensor; otherwise a copy whose do."""
+    return tensor if same_order(tensor, like) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def unit_dense(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Adaptive gradient clipping in plain PyTorch (Brock et al. 2021, section 4.1, equation 3)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,46 @@ def unitwise_norm(x: Tensor, norm_type: float, rule: str) -> Tensor:
     return torch.linalg.vector_norm(x, norm_type, dim=dims, keepdim=True, dtype=torch.float64)
 
 
-def agc_(weight: Tensor, grad: Tensor, clip_factor: float, eps: float, norm_type: float, rule: str) -> None:
-    """Scales every unit of grad whose norm is not below `clip_factor * max(||w||, eps)` down to that bound."""
+class Decision(NamedTuple):
+    """How each unit is clipped, in float64, shaped to broadcast over the tensor."""
+
+    clips: Tensor
+    factor: Tensor
+    """what the gradient is multiplied by; 1 where the unit is not clipped"""
+    ratio: Tensor
+    """of gradient norm to parameter norm, the latter eps at least"""
+
+
+def decide(weight_norm: Tensor, grad_norm: Tensor, clip_factor: float, eps: float) -> Decision:
+    """Units whose gradient norm is not below `clip_factor * max(||w||, eps)` are scaled down to that bound."""
+    bound = weight_norm.clamp(min=eps)
+    max_norm = clip_factor * bound
+    clips = ~(grad_norm < max_norm)
+    factor = torch.where(clips, max_norm / grad_norm.clamp(min=1e-6), 1.0)
+    return Decision(clips, factor, torch.where(grad_norm == 0, grad_norm, grad_norm / bound))
+
+
+def count_(statistics: Tensor, decision: Decision) -> None:
+    """Adds a step to (units, 3) float32: steps, steps in which the unit was clipped, largest ratio so far."""
+    statistics[:, 0] += 1
+    statistics[:, 1] += decision.clips.flatten()
+    statistics[:, 2] = torch.maximum(statistics[:, 2], decision.ratio.flatten().to(statistics.dtype))
+
+
+def agc_(
+    weight: Tensor,
+    grad: Tensor,
+    clip_factor: float,
+    eps: float,
+    norm_type: float,
+    rule: str,
+    statistics: Tensor | None = None,
+) -> None:
+    """Clips every unit of a gradient; see `decide`."""
     if grad.numel() == 0:
         return
-    max_norm = unitwise_norm(weight, norm_type, rule).clamp(min=eps) * clip_factor
-    grad_norm = unitwise_norm(grad, norm_type, rule)
-    factor = torch.where(grad_norm < max_norm, 1.0, max_norm / grad_norm.clamp(min=1e-6))
-    grad.copy_(grad.to(torch.float64) * factor)
+    norms = unitwise_norm(weight, norm_type, rule), unitwise_norm(grad, norm_type, rule)
+    decision = decide(*norms, clip_factor, eps)
+    if statistics is not None:
+        count_(statistics, decision)
+    grad.copy_(grad.to(torch.float64) * decision.factor)

@@ -56,16 +56,54 @@ def norm(block, tail, NORM: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def norms_in_float64(weight, grad, length, units, p, BLOCK: tl.constexpr, UNITS: tl.constexpr, NORM: tl.constexpr):
+    """(UNITS,) norms of weight and gradient, of any p: reads them an eighth of a block at a time."""
+    rows, columns = tl.arange(0, UNITS)[:, None], tl.arange(0, BLOCK // 8)[None, :]
+    weight_sum = tl.zeros((UNITS, BLOCK // 8), tl.float64)
+    grad_sum = tl.zeros((UNITS, BLOCK // 8), tl.float64)
+    for i in range(9):
+        at = i * (BLOCK // 8) + columns
+        mask = (rows < units) & (at < length)
+        w = widened(tl.load(weight + rows * length + at, mask=mask, other=0.0), tl.float64)
+        g = widened(tl.load(grad + rows * length + at, mask=mask, other=0.0), tl.float64)
+        weight_sum = joined(weight_sum, term(w, p, NORM), NORM)
+        grad_sum = joined(grad_sum, term(g, p, NORM), NORM)
+    weight_norm = root(combine(weight_sum, NORM, 1), p, NORM, tl.float64)
+    return weight_norm, root(combine(grad_sum, NORM, 1), p, NORM, tl.float64)
+
+
+@triton.jit
 def decide(weight_norm, grad_norm, clip_factor, eps, ACC: tl.constexpr):
-    """Whether a unit is clipped, by which factor, and whether ACC held everything on the way."""
+    """Whether a unit is clipped, by which factor, the ratio of its norms, and whether ACC held all on the way."""
     bound = at_least(weight_norm, scalar(eps, ACC))
     max_norm = scalar(clip_factor, ACC) * bound
     clipped = (grad_norm < max_norm) == 0  # true for a NaN norm, which must reach the gradient
     factor = quotient(max_norm, at_least(grad_norm, scalar(1e-6, ACC)), ACC)
+    ratio = tl.where(grad_norm == 0, grad_norm, quotient(grad_norm, bound, ACC))  # also where eps = 0 lets both be 0
     infinite = (weight_norm == float("inf")) | (grad_norm == float("inf"))
     # squares of norms below 1e-16, and factors below 1.2e-38, lose digits
     small = (bound <= 1e-16) | (max_norm <= 1e-16) | (clipped & (factor < 1.1754944e-38))
-    return clipped, factor, (infinite | small) == 0 if ACC == tl.float32 else clipped == clipped
+    return clipped, factor, ratio, (infinite | small) == 0 if ACC == tl.float32 else clipped == clipped
+
+
+@triton.jit
+def statistics_of(pointers, i, first):
+    """Address of the statistics of a tensor's units from `first` on; 0 where the i-th pointer of the table is."""
+    address = tl.load(pointers + i)
+    return tl.where(address != 0, address + 3 * 4 * first, 0)
+
+
+@triton.jit
+def count(statistics, unit, clipped, ratio, mask):
+    """Adds a step to the float32 triples (steps, clipped, largest ratio) of these units, from `statistics_of`."""
+    if statistics != 0:
+        at = statistics.to(tl.pointer_type(tl.float32)) + 3 * unit
+        steps, times = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
+        largest = tl.load(at + 2, mask=mask, other=0.0)
+        new = ratio.to(tl.float32)
+        tl.store(at, steps + 1.0, mask=mask)
+        tl.store(at + 1, times + clipped.to(tl.float32), mask=mask)
+        tl.store(at + 2, tl.where((new > largest) | (new != new), new, largest), mask=mask)
 
 
 @triton.jit

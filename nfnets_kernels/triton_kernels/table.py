@@ -199,3 +199,12 @@ def columns_of_tile(length, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     n = length.to(tl.int32)
     n = tl.multiple_of(n, ALIGNED) if ALIGNED else n
     return n, tl.arange(0, BLOCK)[None, :], BLOCK + tl.arange(0, BLOCK // 8)[None, :]
+
+
+@triton.jit
+def elements_of_tile(length, units, BLOCK: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the blocks and the tails of up to UNITS units lie that follow each other, each with its mask."""
+    n, columns, tail_columns = columns_of_tile(length, BLOCK, ALIGNED)
+    rows = tl.arange(0, UNITS)[:, None]
+    there = rows < units
+    return rows * n + columns, there & (columns < n), rows * n + tail_columns, there & (tail_columns < n)

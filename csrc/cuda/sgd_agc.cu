@@ -1,0 +1,226 @@
+// One step of stochastic gradient descent of all parameters of a pair of dtypes in one launch, gradients clipped on the way:
+// weight, gradient, momentum and average are read once, all but the gradient are written once.
+#include "launch.cuh"
+
+namespace nfk {
+namespace cuda {
+namespace {
+
+// Weight and gradient stay in registers until the decision; momentum and average pass through in so many parts. Of a tensor's
+// part a thread holds so many bytes, as the accumulation type has it: with four warps and all parts, 4,608 float32.
+constexpr int kParts = 3;
+constexpr int kPartBytes = 48;
+// Single elements of a block; a thread steps one at a time.
+constexpr int kSingles = 4 * kBlock;
+// Parameter groups of a launch. Models have three at most: what is clipped, what is not, what does not decay.
+constexpr int kGroups = 8;
+
+struct Row {
+  void* weight;
+  const void* grad;
+  void* momentum;  // null: none
+  void* average;   // null: none
+  UnitStatistics* statistics;
+  int64_t length;
+  int count;
+  int group;  // of this launch
+  int end;
+};
+
+struct Common {
+  SgdConfig configs[kGroups];
+  const float* lrs[kGroups];
+  const float* grad_scale;
+  const float* found_inf;
+
+  __device__ bool skips() const { return found_inf && *found_inf != 0; }
+  __device__ SgdConfig config(int group) const {
+    SgdConfig config = configs[group];
+    config.clip.norm = Norm::two;
+    if (lrs[group]) config.lr *= *lrs[group];
+    if (grad_scale) config.grad_factor /= *grad_scale;
+    return config;
+  }
+};
+using SgdTable = Table<Row, Common>;
+
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// All tensors of a unit are dealt out alike: groups are 16 bytes of the narrowest type, so that all are accessed in whole
+// pieces.
+template <class W, class G>
+constexpr int kElements = kPiece / smaller(sizeof(W), sizeof(G));
+template <class W, class G>
+constexpr int kGroupBytes = kElements<W, G>* static_cast<int>(sizeof(Wider<W, G>));
+template <class W, class G>
+using PartOf = Deal<kElements<W, G>, (kPartBytes + kGroupBytes<W, G> - 1) / kGroupBytes<W, G>>;
+template <class W, class G>
+using DealOf = Deal<kElements<W, G>, kParts * PartOf<W, G>::kGroups>;
+
+// Elements of the first group that lie before the weight, and so where the groups of all tensors begin.
+template <class D, class W>
+NFK_INLINE int head_of(const W* weight) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(weight) / sizeof(W) % D::kElements);
+}
+
+template <class W, class G>
+NFK_INLINE Share share_of(const Row& row) {
+  using D = DealOf<W, G>;
+  const bool aligned = head_of<D>(static_cast<const W*>(row.weight)) == 0 && row.length % D::kElements == 0;
+  return share_of(row.length, D::kElements, D::kGroups, aligned);
+}
+
+template <class W, class G>
+int64_t blocks_of(const Row& row) {
+  if (row.length == 1) return (row.count + kSingles - 1) / kSingles;
+  return blocks_of(share_of<W, G>(row), row.count);
+}
+
+// Where a unit lies; from the table at each use, which is cheaper than registers.
+template <class W, class G>
+struct Unit {
+  using Average = typename Accumulate<W>::type;
+
+  const Row& row;
+  int index;
+
+  __device__ W* weight() const { return static_cast<W*>(row.weight) + offset(); }
+  __device__ const G* grad() const { return static_cast<const G*>(row.grad) + offset(); }
+  __device__ W* momentum() const { return static_cast<W*>(row.momentum) + offset(); }
+  __device__ Average* average() const { return static_cast<Average*>(row.average) + offset(); }
+  __device__ UnitStatistics* statistics() const { return row.statistics ? row.statistics + index : nullptr; }
+  __device__ int64_t offset() const { return index * row.length; }
+};
+
+template <class Team, class Weight, class Grad>
+__device__ auto descent_of(const Team& team, const Weight& weight, const Grad& grad, UnitStatistics* statistics,
+                           const SgdConfig& config) {
+  const double factor = config.clips ? clipped_factor(team, weight, grad, statistics, config) : config.grad_factor;
+  return Descent<Wider<typename Weight::value_type, typename Grad::value_type>>(config, factor);
+}
+
+// Steps the elements that a thread holds in a part of a unit.
+template <class W, class G, class Weight, class Grad, class Descent>
+__device__ void step_part(const Team& team, const Unit<W, G>& unit, Weight weight, const Grad& grad, const Descent& step,
+                          double average_decay) {
+  using P = PartOf<W, G>;
+  Held<W, P> momentum(weight.range());
+  Held<typename Unit<W, G>::Average, P> average(weight.range());
+  if (unit.row.momentum) momentum.fill(unit.momentum(), Rewritten{});
+  if (unit.row.average) average.fill(unit.average(), Rewritten{});
+  if (unit.row.momentum) {
+    descend_with_momentum(team, weight, grad, momentum, step);
+    momentum.store_to(unit.momentum());
+  } else {
+    descend(team, weight, grad, step);
+  }
+  if (unit.row.average) {
+    move_average(team, weight, average, average_decay);
+    average.store_to(unit.average());
+  }
+}
+
+// A unit that fits the team's registers.
+template <class W, class G>
+__device__ void step_held_unit(const Team& team, const Unit<W, G>& unit, const Common& common) {
+  using D = DealOf<W, G>;
+  const auto slots = Slots<D>::of(team.thread, team.threads, head_of<D>(unit.weight()), unit.row.length);
+  Held<W, D> weight(slots);
+  Held<G, D> grad(slots);
+  weight.fill(unit.weight(), Rewritten{});
+  grad.fill(unit.grad(), ReadOnly{});
+  const SgdConfig config = common.config(unit.row.group);
+  const auto step = descent_of(team, weight, grad, unit.statistics(), config);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    using P = PartOf<W, G>;
+    const int first = part * P::kGroups;
+    step_part(team, unit, Part<Held<W, D>, P>{weight, first}, Part<Held<G, D>, P>{grad, first}, step, config.average_decay);
+  }
+  weight.store_to(unit.weight());
+}
+
+template <class Team, class W, class G>
+__device__ void step_unit_in_memory(const Team& team, const Unit<W, G>& unit, const Common& common) {
+  Global<W> weight{unit.weight(), unit.row.length};
+  const Global<const G> grad{unit.grad(), unit.row.length};
+  const SgdConfig config = common.config(unit.row.group);
+  const auto step = descent_of(team, Global<const W>{unit.weight(), unit.row.length}, grad, unit.statistics(), config);
+  if (unit.row.momentum) {
+    Global<W> momentum{unit.momentum(), unit.row.length};
+    descend_with_momentum(team, weight, grad, momentum, step);
+  } else {
+    descend(team, weight, grad, step);
+  }
+  if (unit.row.average) {
+    Global<typename Unit<W, G>::Average> average{unit.average(), unit.row.length};
+    move_average(team, weight, average, config.average_decay);
+  }
+}
+
+template <class W, class G>
+__device__ void step_single_elements(const Row& row, int block, const Common& common) {
+  for (int i = 0; i < kSingles / kBlock; ++i) {
+    const int unit = block * kSingles + i * kBlock + threadIdx.x;
+    if (unit < row.count) step_unit_in_memory(OneThread{}, Unit<W, G>{row, unit}, common);
+  }
+}
+
+template <class W, class G>
+constexpr int kBlocks = std::is_same<Wider<W, G>, double>::value ? 3 : 4;  // that share a multiprocessor
+
+template <class W, class G>
+__global__ void __launch_bounds__(kBlock, kBlocks<W, G>) step(const SgdTable __grid_constant__ table) {
+  if (table.common.skips()) return;
+  const Place place = table.find(blockIdx.x);
+  const Row& row = table.rows[place.tensor];
+  if (row.length == 1) return step_single_elements<W, G>(row, place.block, table.common);
+  const Share share = share_of<W, G>(row);
+  const Team team = share == Share::warp ? Team::warp() : Team::block();
+  const int index = share == Share::warp ? place.block * kWarps + static_cast<int>(threadIdx.x) / kWarp : place.block;
+  if (index >= row.count) return;
+  const Unit<W, G> unit{row, index};
+  if (share == Share::long_unit) {
+    step_unit_in_memory(team, unit, table.common);
+  } else {
+    step_held_unit(team, unit, table.common);
+  }
+}
+
+// Groups that a launch holds the configurations of, from `first` on.
+Common common_of(const std::vector<SgdConfig>& configs, const SgdScalars& scalars, int first) {
+  Common common{{}, {}, scalars.grad_scale, scalars.found_inf};
+  for (int i = 0; i < kGroups && first + i < static_cast<int>(configs.size()); ++i) {
+    common.configs[i] = configs[first + i];
+    common.lrs[i] = scalars.lrs[first + i];
+  }
+  return common;
+}
+
+template <class W, class G>
+void step_tensors(const std::vector<const SgdTensor*>& tensors, const std::vector<SgdConfig>& configs,
+                  const SgdScalars& scalars, Queue queue) {
+  for (int first = 0; first < static_cast<int>(configs.size()); first += kGroups) {
+    Launcher<Row, Common> launcher("sgd_agc", step<W, G>, common_of(configs, scalars, first), queue);
+    for (const SgdTensor* t : tensors) {
+      if (t->group / kGroups != first / kGroups) continue;
+      const Row row{t->weight,       t->grad, t->momentum, t->average, t->statistics, t->units.length,
+                    checked_count("sgd_agc", t->units), t->group - first, 0};
+      launcher.add(row, blocks_of<W, G>(row));
+    }
+    launcher.flush();
+  }
+}
+
+}  // namespace
+
+void sgd_agc(const std::vector<SgdTensor>& tensors, const std::vector<SgdConfig>& configs, const SgdScalars& scalars,
+             Queue queue) {
+  const auto dtypes_of = [](const SgdTensor& t) { return std::make_pair(t.weight_dtype, t.grad_dtype); };
+  each_pair_of_dtypes(tensors, dtypes_of, [&](auto w, auto g, const auto& of_pair) {
+    step_tensors<decltype(w), decltype(g)>(of_pair, configs, scalars, queue);
+  });
+}
+
+}  // namespace cuda
+}  // namespace nfk
