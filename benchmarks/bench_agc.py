@@ -49,6 +49,7 @@ def comparison(session: Session, title: str, clipped: bool) -> Comparison:
     contestants = [
         Contestant("agc_", partial(nfk.agc_, params, CLIP_FACTOR, EPS), "ours", ["agc"]),
         Contestant("AGC.clip_", nfk.AGC(params, CLIP_FACTOR, EPS).clip_, "ours", ["agc"]),
+        Contestant("AGC.clip_, statistics", nfk.AGC(params, CLIP_FACTOR, EPS, statistics=True).clip_, "ours", ["agc"]),
         *(
             Contestant(
                 f"AGC.clip_, {backend}",

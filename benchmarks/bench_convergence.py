@@ -22,8 +22,9 @@ BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
 QUICK_BATCH_SIZES = (256, 1024)
 SEEDS = 3
 
+# With the mean accuracy on held-out images by which a setting was chosen, and that of its neighbours.
 BASE_BATCH_SIZE = 32
-BASE_LEARNING_RATE = 0.01
+BASE_LEARNING_RATE = 0.01  # 97.5 % for the BatchNorm twin; a third of it 96.3 %, three times it 75.9 %
 
 Clip = Callable[[], object]
 
@@ -43,9 +44,8 @@ class Threshold:
         return f"{self.base:g}{' at batch 32, falling' if self.falling else ''}"
 
 
-MAX_NORM = Threshold(1.0, falling=False)
-# The paper too clips more where batches are larger.
-CLIP_FACTOR = Threshold(1.28, falling=True)
+MAX_NORM = Threshold(32.0, falling=True)  # 97.6 %; a quarter of it 97.2 %, at best constant, at 1, 97.2 %
+CLIP_FACTOR = Threshold(1.28, falling=True)  # 98.3 %; a quarter of it 97.7 %, at best constant, at 0.02, 97.9 %
 
 
 @dataclass(frozen=True)

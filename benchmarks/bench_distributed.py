@@ -59,14 +59,14 @@ class Measured:
 def run(session: Session) -> None:
     """Time the steps of three networks, interleaved, in processes of their own."""
     settings = session.settings
-    batch_size, image_size = (128, 224) if settings.on_gpu else (8, 96)
+    batch_size, image_size = (128, 224) if settings.on_gpu else (16, 96)
     precision = "bfloat16 autocast" if settings.on_gpu else "float32, one thread each"
     case = f"training step, {PROCESSES} processes, batch {batch_size} each at {image_size}, {precision}"
     if settings.on_gpu and torch.cuda.device_count() < PROCESSES:
         reason = f"needs {PROCESSES} GPUs, {torch.cuda.device_count()} here"
         session.report_incident(Incident(BENCH, case, "skipped", reason))
         return
-    rounds = settings.rounds or (15 if settings.quick else 60)
+    rounds = settings.rounds or (12 if settings.quick else 60)
     kind = "cuda" if settings.on_gpu else "cpu"
     keeps_memory = session.results.environment.keeps_memory
     work = Work(kind, case, batch_size, image_size, rounds, settings.seed, keeps_memory)

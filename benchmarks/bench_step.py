@@ -13,7 +13,7 @@ from benchmarks import training as shared
 from benchmarks.bn_resnet import BNResNet
 from benchmarks.goals import TIMM, TORCHVISION, TWIN, compiled_case
 from benchmarks.harness import BenchmarkError, Comparison, Session, assert_all_close, assert_close
-from benchmarks.training import CLASSES, CLIP_FACTOR, Batch, Network, clipped_parameters
+from benchmarks.training import CLASSES, CLIP_FACTOR, SGD, Batch, Network, clipped_parameters
 
 BENCH = "step"
 OURS = "nfnets_kernels nf_resnet50"
@@ -52,7 +52,7 @@ def training(title: str, networks: list[Network], batch: Batch) -> Comparison:
     def check(name: str, value: object) -> None:
         comparison.check(name, value)
         if name == OURS:
-            check_clipping(networks[0], batch)
+            check_update(networks[0], batch)
 
     return replace(comparison, check=check)
 
@@ -64,21 +64,33 @@ def training_compiled(title: str, networks: list[Network], batch: Batch) -> Comp
     return shared.training(BENCH, case, contestants, batch, optional=True)
 
 
-def check_clipping(network: Network, batch: Batch) -> None:
-    """Our clipping inside the step must give the gradients that timm's gives."""
-    params = list(network.model.parameters())
-    network.model.zero_grad(set_to_none=True)
+def check_update(network: Network, batch: Batch) -> None:
+    """A step of our optimizer must move the parameters as timm's clipping and torch's SGD do."""
+    optimizer = network.optimizer
+    assert optimizer is not None
+    optimizer.zero_grad(set_to_none=True)
     F.cross_entropy(batch.forward(network.model), batch.labels).backward()
-    originals = [param.grad.clone() for param in params if param.grad is not None]
-    if len(originals) != len(params):
-        raise BenchmarkError(f"{network.name}: {len(params) - len(originals)} parameters received no gradient")
-    peers.adaptive_clip_grad(clipped_parameters(network.model), CLIP_FACTOR)
-    expected = [param.grad.clone() for param in params if param.grad is not None]
-    for param, original in zip(params, originals, strict=True):
-        param.grad = original
-    network.clip()
-    actual = [param.grad for param in params if param.grad is not None]
-    assert_all_close(f"{network.name}: clipped gradients", actual, expected, tolerance=1e-5)
+    params = list(network.model.parameters())
+    if without := sum(param.grad is None for param in params):
+        raise BenchmarkError(f"{network.name}: {without} parameters received no gradient")
+    twins = {param: twin_of(param) for param in params}
+    separate = torch.optim.SGD(twins.values(), **SGD)
+    for param, twin in twins.items():
+        separate.state[twin]["momentum_buffer"] = optimizer.state[param]["momentum_buffer"].clone()
+    clipped = clipped_parameters(network.model)
+    peers.adaptive_clip_grad([twins[param] for param in clipped], CLIP_FACTOR)
+    separate.step()
+    optimizer.step()
+    expected = [twin.detach() for twin in twins.values()]
+    assert_all_close(f"{network.name}: updated parameters", params, expected, tolerance=1e-6)
+
+
+def twin_of(param: nn.Parameter) -> nn.Parameter:
+    """A copy with the same gradient."""
+    twin = nn.Parameter(param.detach().clone())
+    assert param.grad is not None
+    twin.grad = param.grad.clone()
+    return twin
 
 
 def inference(title: str, networks: list[Network], batch: Batch) -> Comparison:
@@ -86,7 +98,7 @@ def inference(title: str, networks: list[Network], batch: Batch) -> Comparison:
     # The cached weights of eval mode must be those of training mode, and there is no dropout to tell them apart.
     expected = batch.infer(networks[0].model.train())
     folded = [
-        Network(f"{network.name}, BatchNorm folded", fuse(network.model.eval()), network.clip)
+        Network(f"{network.name}, BatchNorm folded", fuse(network.model.eval()))
         for network in networks
         if is_batch_normalized(network.model)
     ]

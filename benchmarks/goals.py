@@ -79,6 +79,10 @@ TIMM_F0 = "timm dm_nfnet_f0"
 COMPILED = "{}, torch.compile"
 ACCELERATED = "{}, accelerated"
 
+# The steps of SGD with clipping in passes of their own.
+SEPARATE = "AGC.clip_ + SGD(fused)"
+TIMM_SEPARATE = "timm AGC + SGD"
+
 
 def compiled_case(case: str) -> str:
     """The case in which networks are compared with what torch.compile makes of them."""
@@ -98,6 +102,21 @@ GOALS = (
     Goal("agc", "NFNet-F0, all clipped", at_most_us=210),
     Goal("agc", "NFNet-F6, none clipped", at_most_us=880),
     Goal("agc", "NFNet-F6, all clipped", at_most_us=1320),
+    *(
+        Goal(
+            "agc",
+            f"{model}, {share} clipped",
+            at_least_speed=0.97,
+            against="AGC.clip_",
+            contestant="AGC.clip_, statistics",
+            machine="CPU",
+        )
+        for model, share in product(("NF-ResNet-50", "NFNet-F0"), ("none", "all"))
+    ),
+    Goal("sgd_agc", "NF-ResNet-50, all clipped", at_least_speed=1.3, against=SEPARATE, machine="CPU"),
+    Goal("sgd_agc", "NF-ResNet-50, all clipped", at_least_speed=8.0, against=TIMM_SEPARATE, machine="CPU"),
+    Goal("sgd_agc", "NF-ResNet-50, all clipped, with average", at_most_us=195),
+    Goal("sgd_agc", "NFNet-F0, all clipped, with average", at_most_us=520),
     Goal("weight_standardize", "NF-ResNet-50, float32 to bfloat16, forward", at_most_us=42),
     Goal("weight_standardize", "NF-ResNet-50, float32 to bfloat16, backward", at_most_us=70),
     Goal("weight_standardize", "NFNet-F0, float32 to bfloat16, forward", at_most_us=110),

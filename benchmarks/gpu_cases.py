@@ -22,7 +22,7 @@ from nfnets_kernels import backend as backends
 from tests.tolerances import assert_accurate
 
 # What has kernels for which ops, said once more: here a backend that serves none of them any longer is missed.
-KERNELS = {"cuda": ("agc", "weight_standardize"), "triton": backends.OPS, "reference": backends.OPS}
+KERNELS = {"cuda": ("agc", "sgd_agc", "weight_standardize"), "triton": backends.OPS, "reference": backends.OPS}
 MOST_FAILURES = 20
 
 # Checks a case on those of the named backends that serve it, and gives their names.

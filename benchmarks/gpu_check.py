@@ -21,9 +21,12 @@ from typing import Literal
 from benchmarks.environment import REPOSITORY, slug
 
 BUDGET_SECONDS = 480.0
-OP_TESTS = ("agc", "agc_contract", "agc_oracles", "weight_standardize", "scaled_activation", "residual")
+OP_TESTS = (
+    *("agc", "agc_contract", "agc_oracles", "sgd_agc", "sgd_agc_contract", "clip_statistics"),
+    *("weight_standardize", "scaled_activation", "residual"),
+)
 # The one that compiles hundreds of tensors for a peer comes last.
-OP_BENCHES = ("weight_standardize", "host", "scaled_activation", "residual", "step", "agc")
+OP_BENCHES = ("weight_standardize", "host", "scaled_activation", "residual", "step", "sgd_agc", "agc")
 PYTHON = (sys.executable, "-u", "-m")
 
 
@@ -61,7 +64,7 @@ def stages(folder: Path, capability: str) -> list[Stage]:
     # Without the caching allocator, so that every tensor has bounds of its own.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     kernels = ("--expect", "cuda", "triton")
-    cuda_kernels = ("--ops", "agc", "weight_standardize", "--backends", "cuda", "--expect", "cuda")
+    cuda_kernels = ("--ops", "agc", "sgd_agc", "weight_standardize", "--backends", "cuda", "--expect", "cuda")
     return [
         Stage("build", (*PYTHON, "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."), 80,
               modules=("pip", "setuptools", "pybind11", "ninja"), environment=this_card),
@@ -85,7 +88,7 @@ def stages(folder: Path, capability: str) -> list[Stage]:
 
 def test_stage(name: str, folder: Path) -> Stage:
     """The tests of one file, on the GPU."""
-    modules = ("pytest", "hypothesis", "timm", *(["optax"] if name == "agc_oracles" else []))
+    modules = ("pytest", "hypothesis", "timm", *(["optax"] if name in ("agc_oracles", "sgd_agc") else []))
     command = (*PYTHON, "pytest", "-q", f"tests/test_{name}.py", f"--junit-xml={folder}/test_{name}.xml")
     return Stage(f"test_{name}", command, 75, modules=modules, environment={"NFK_TEST_DEVICE": "cuda"})
 

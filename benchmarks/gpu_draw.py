@@ -15,6 +15,8 @@ from nfnets_kernels import backend as backends
 from nfnets_kernels import ops
 from nfnets_kernels.reference.agc import is_one_unit
 from nfnets_kernels.reference.scaled_activation import function_key
+from nfnets_kernels.reference.sgd_agc import Hyperparameters
+from nfnets_kernels.reference.weight_standardize import accumulation_dtype
 
 Card = TypeVar("Card")
 Shape = tuple[int, ...]
@@ -114,9 +116,9 @@ class Draw:
             shapes += [(units, length // 9, 3, 3)] * 2
         return self.random.choice(shapes)
 
-    def agc(self) -> Case:
-        """Parameters and gradients, with their options."""
-        pick, size = self.random.choice, self.deal(COUNTS)
+    def parameters(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and gradients."""
+        pick = self.random.choice
         shapes = [self.agc_shape(SHORT_LENGTHS if size > CROWD else LENGTHS) for _ in range(size)]
         # float64 meets itself alone: what it is mixed with is accumulated in float32.
         pairs = [(a, a if a == torch.float64 else pick(DTYPES[:3])) for a in self.kinds(DTYPES, size)]
@@ -125,6 +127,12 @@ class Draw:
                    for shape, dtypes in zip(shapes, pairs, strict=True)]  # fmt: skip
         grads = [self.tensor(*shape, dtype=dtypes[1], size=10 ** self.random.uniform(-3, 1))
                  for shape, dtypes in zip(shapes, pairs, strict=True)]  # fmt: skip
+        return weights, grads
+
+    def agc(self) -> Case:
+        """Parameters and gradients, with their options."""
+        pick, size = self.random.choice, self.deal(COUNTS)
+        weights, grads = self.parameters(size)
         clip_factor, eps = 10 ** self.random.uniform(-3, 0), pick((0.0, 1e-3, 1e-1))
         norm_type, rule = pick((1.0, 2.0, 2.0, 3.0, math.inf)), pick(ops.agc.RULES)
 
@@ -134,8 +142,33 @@ class Draw:
             return clipped
 
         arguments = {"clip_factor": clip_factor, "eps": eps, "norm_type": norm_type, "rule": rule}
-        terms = [math.prod(shape if is_one_unit(torch.Size(shape), rule) else shape[1:]) for shape in shapes]
-        return Case("agc", arguments, weights + grads, [], run, terms)
+        return Case("agc", arguments, weights + grads, [], run, [unit_length(weight, rule) for weight in weights])
+
+    def sgd_agc(self) -> Case:
+        """Parameters, gradients, momentum and averages, with the hyperparameters of one group."""
+        pick, size = self.random.choice, self.deal(COUNTS)
+        weights, grads = self.parameters(size)
+        momenta = [self.tensor(*weight.shape, dtype=weight.dtype) for weight in weights]
+        averages = [self.tensor(*weight.shape, dtype=accumulation_dtype(weight.dtype)) for weight in weights]
+        momentum, rule = pick((0.0, 0.9)), pick(ops.agc.RULES)
+        clip_factor = pick((None, 10 ** self.random.uniform(-3, 0)))
+        hyper = Hyperparameters(
+            0.1, momentum, 0.0, pick((0.0, 1e-2)), momentum > 0 and pick((False, True)), pick((False, True)),
+            clip_factor, pick((0.0, 1e-3)), 0.9,
+        )  # fmt: skip
+        # Averages are of the weights as they are stored, which the reference in float64 does not round.
+        averaged = pick((False, True)) and all(weight.dtype not in DTYPES[1:3] for weight in weights)
+
+        def run(inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+            copies = [duplicate(x, int(x.storage_offset())) for x in inputs]
+            stepped, grads, momenta, averages = (copies[i * size : (i + 1) * size] for i in range(4))
+            momenta, averages = momenta if momentum else [], averages if averaged else []
+            ops.sgd_agc.sgd_agc_(stepped, grads, momenta, averages, [], None, None, None, *hyper, rule, backend)
+            return [*stepped, *momenta, *averages]
+
+        terms = [unit_length(weight, rule) for weight in weights] * (1 + (momentum > 0) + averaged)
+        inputs = weights + grads + momenta + averages
+        return Case("sgd_agc", {**hyper._asdict(), "rule": rule}, inputs, [], run, terms)
 
     def weight_standardize(self) -> Case:
         """Weights with gains into one output dtype, None for each weight's own; float64 throughout or not at all."""
@@ -210,3 +243,8 @@ class Draw:
 def duplicate(x: Tensor, offset: int) -> Tensor:
     """A copy of dense x that starts `offset` elements into its storage."""
     return x.new_empty(x.numel() + offset).as_strided(x.shape, x.stride(), offset).copy_(x)
+
+
+def unit_length(weight: Tensor, rule: str) -> int:
+    """Elements of a unit."""
+    return math.prod(weight.shape if is_one_unit(weight.shape, rule) else weight.shape[1:])

@@ -10,12 +10,14 @@ from benchmarks.environment import Environment
 
 BENCHES = {
     "agc": "Adaptive gradient clipping",
+    "sgd_agc": "Clipping, SGD and average in one pass",
     "weight_standardize": "Weight standardization",
     "scaled_activation": "Scaled activations",
     "residual": "Residual epilogue",
     "host": "Host time of one call",
     "step": "Training step and inference",
     "models": "Networks at the size they are trained at",
+    "distributed": "Data parallel training step in two processes",
     "convergence": "Training on handwritten digits",
 }
 

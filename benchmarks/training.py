@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from benchmarks.results import Role
 
 CLASSES = 1000
 CLIP_FACTOR = 0.01
-# Small enough for random labels to keep every network finite however many rounds are run.
-LEARNING_RATE = 1e-3
+# A learning rate so small that random labels keep every network finite however many rounds are run.
+SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-5}
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Network:
-    """A network, the gradient clipping that it is trained with, and the package's ops that training must run."""
+    """A network, what it is trained with, and the package's ops that training must run.
+
+    ``clip`` precedes the optimizer's step; our optimizer clips in it.
+    """
 
     name: str
     model: nn.Module
-    clip: Callable[[], None]
+    optimizer: torch.optim.Optimizer | None = None
+    clip: Callable[[], None] = lambda: None
     role: Role = "peer"
     ops: tuple[str, ...] = ()
 
@@ -74,16 +79,27 @@ def leave_identity(model: nn.Module) -> nn.Module:
 
 
 def clipped_by_ours(name: str, model: nn.Module, device: str, classifier: str = "fc") -> Network:
-    """A network of the package's modules, in channels_last, whose gradients the package clips."""
+    """A network of the package's modules, in channels_last, whose gradients the package's optimizer clips."""
     model = to_channels_last(leave_identity(model), device)
-    clip = nfk.AGC(model, CLIP_FACTOR, exclude=(classifier,)).clip_
-    return Network(name, model, clip, "ours", ("agc", "weight_standardize"))
+    excluded = {id(param) for param in model.get_submodule(classifier).parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in excluded]},
+        {"params": list(model.get_submodule(classifier).parameters()), "clip_factor": None},
+    ]
+    optimizer = nfk.optim.SGD_AGC(groups, clip_factor=CLIP_FACTOR, **SGD)
+    return Network(name, model, optimizer, role="ours", ops=("sgd_agc", "weight_standardize"))
 
 
 def clipped_by_timm(name: str, model: nn.Module, device: str) -> Network:
     """A network in channels_last whose gradients timm clips."""
     model = to_channels_last(leave_identity(model), device)
-    return Network(name, model, partial(peers.adaptive_clip_grad, clipped_parameters(model), CLIP_FACTOR))
+    clip = partial(peers.adaptive_clip_grad, clipped_parameters(model), CLIP_FACTOR)
+    return Network(name, model, fused_sgd(model), clip)
+
+
+def fused_sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """The fastest of torch's forms on CPU and GPU alike."""
+    return torch.optim.SGD(model.parameters(), fused=True, **SGD)
 
 
 def compiled(network: Network) -> Network:
@@ -94,7 +110,8 @@ def compiled(network: Network) -> Network:
 
 def unclipped(name: str, model: nn.Module, device: str) -> Network:
     """A BatchNorm network in channels_last, which trains without gradient clipping."""
-    return Network(name, to_channels_last(model, device), lambda: None)
+    model = to_channels_last(model, device)
+    return Network(name, model, fused_sgd(model))
 
 
 def clipped_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -123,10 +140,9 @@ def training(bench: str, case: str, networks: Sequence[Network], batch: Batch, o
 
 def training_step(network: Network, batch: Batch) -> Callable[[], torch.Tensor]:
     """One step as a function that returns the loss."""
-    # The fused optimizer is the fastest one on CPU and GPU alike.
-    optimizer = torch.optim.SGD(
-        network.model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-5, fused=True
-    )
+    optimizer = network.optimizer
+    if optimizer is None:
+        raise ValueError(f"{network.name} has no optimizer")
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)

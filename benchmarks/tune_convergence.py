@@ -16,9 +16,10 @@ from benchmarks.digits import Digits
 
 BATCH_SIZES = (64, 256, 1024)
 LEARNING_RATES = (0.003, 0.01, 0.03)
-MAX_NORMS = [Threshold(norm, False) for norm in (0.25, 1.0, 4.0)] + [Threshold(norm, True) for norm in (2.0, 8.0, 32.0)]
-CLIP_FACTORS = [Threshold(factor, False) for factor in (0.005, 0.02, 0.08)]
-CLIP_FACTORS += [Threshold(factor, True) for factor in (0.32, 1.28, 5.12)]
+MAX_NORMS = [Threshold(norm, falling=False) for norm in (0.25, 1.0, 4.0)]
+MAX_NORMS += [Threshold(norm, falling=True) for norm in (8.0, 32.0, 128.0)]
+CLIP_FACTORS = [Threshold(factor, falling=False) for factor in (0.005, 0.02, 0.08)]
+CLIP_FACTORS += [Threshold(factor, falling=True) for factor in (0.32, 1.28, 5.12)]
 SEED = 1000  # not one of those that are measured
 
 Value = TypeVar("Value")

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import ops
 from .ops.library import check_choice
 from .reference.scaled_activation import GAMMA
+from .sharded import clip_sharded_, is_sharded
 
 _FORMAT_NAMES = {
     torch.preserve_format: "preserve",
@@ -216,7 +217,7 @@ def agc_(
     Args:
         parameters: tensors with `.grad`, or one; those without a gradient are skipped, one that comes twice is clipped
             once. Any mixture of float32, float64, bfloat16 and float16; norms are taken in float32 (float64 for
-            float64).
+            float64). With DTensors it is a collective call, see `nfnets_kernels.sharded`.
         clip_factor: largest ratio of gradient norm to parameter norm (lambda in the paper).
         eps: lower bound of the parameter norm, so that zero-initialized parameters can move.
         norm_type: 1, 2, inf or any p > 0.
@@ -230,6 +231,10 @@ def agc_(
             whose elements share memory. Nothing is written then.
     """
     ops.agc.check_options(clip_factor, eps, norm_type, rule, backend)
+    parameters = ops.agc.listed(parameters)
+    if any(map(is_sharded, parameters)):
+        clip_sharded_(parameters, clip_factor, eps, norm_type, rule=rule, backend=backend)
+        return
     weights, grads = ops.agc.with_gradients(parameters)
     with torch.no_grad():
         ops.agc.agc_(weights, grads, clip_factor, eps, norm_type, rule, backend)

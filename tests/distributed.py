@@ -13,7 +13,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import nfnets_kernels as nfk
-from nfnets_kernels.optim.sharded import clip_sharded_, is_sharded
+from nfnets_kernels.sharded import clip_sharded_, is_sharded
 
 from .agc_cases import assert_clipped, float64_clipped, parameter, random_pair, unit_length
 

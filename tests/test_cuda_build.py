@@ -165,7 +165,7 @@ def run(*command: object) -> str:
 def test_what_this_machine_builds_is_there_and_described():
     told = backend.describe().build["CUDA kernels"]
     assert told == f"built by {backend.extension.cuda_build}"
-    assert backend.serving("agc", "cuda") == backend.serving("weight_standardize", "cuda") == "cuda"
+    assert all(backend.serving(op, "cuda") == "cuda" for op in ("agc", "sgd_agc", "weight_standardize"))
     for code in SETUP["cuda_codes"](run(NVCC, "--list-gpu-code").split()):
         assert code.replace("compute_", "PTX of ") in told
 
@@ -183,7 +183,7 @@ def test_the_built_library_needs_no_other_of_cuda_and_exports_nothing_but_its_mo
 def test_the_built_library_holds_every_architecture():
     library = backend.cuda_extension.__file__
     codes = SETUP["cuda_codes"](run(NVCC, "--list-gpu-code").split())
-    kernels = ("agc", "device", "weight_standardize")
+    kernels = SETUP["CUDA_SOURCES"]
     for listing, prefix in (("--list-elf", "sm_"), ("--list-ptx", "compute_")):
         held = run(TOOLS / "cuobjdump", listing, library)
         for code in (code for code in codes if code.startswith(prefix)):
@@ -234,17 +234,22 @@ def test_every_cuda_source_is_built():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("name, kernels", [("agc", 16), ("weight_standardize", 32), ("device", 1)])
+@pytest.mark.parametrize("name, kernels", [("agc", 16), ("sgd_agc", 16), ("weight_standardize", 32), ("device", 1)])
 def test_no_register_spills(reports, name, kernels):
     assert len(reports[name].kernels) == kernels  # a pair of dtypes each, and both passes
     assert not reports[name].wasteful()
 
 
 @needs_nvcc
-@pytest.mark.parametrize("name, blocks", [("agc", 5), ("weight_standardize", 4)])
-def test_blocks_that_share_a_multiprocessor(reports, name, blocks):
+@pytest.mark.parametrize(
+    "name, kernels, blocks",
+    [("agc", "", 5), ("sgd_agc", "", 3), ("sgd_agc", r"step(?!Id|I\w*dEEv)", 4), ("weight_standardize", "", 4)],
+    ids=["agc", "sgd_agc", "sgd_agc without float64", "weight_standardize"],
+)
+def test_blocks_that_share_a_multiprocessor(reports, name, kernels, blocks):
     """As many as the sources' comments count with: 65,536 registers, of which a warp gets multiples of 256."""
-    warps = {kernel: 65_536 // (-(-used * 32 // 256) * 256) for kernel, used in reports[name].registers.items()}
+    registers = {kernel: used for kernel, used in reports[name].registers.items() if re.search(kernels, kernel)}
+    warps = {kernel: 65_536 // (-(-used * 32 // 256) * 256) for kernel, used in registers.items()}
     assert min(warps.values()) // 4 >= blocks, warps
 
 
@@ -252,6 +257,8 @@ def test_blocks_that_share_a_multiprocessor(reports, name, blocks):
 def test_memory_is_accessed_in_16_byte_pieces(reports):
     for kernel in reports["agc"].accesses:  # nine pieces a thread of each tensor
         assert kernel["ld.global.nc.v4.u32"] == kernel["ld.global.cg.v4.u32"] == kernel["st.global.wb.v4.u32"] == 9
+    for kernel in reports["sgd_agc"].accesses:  # of weight, momentum and average as many stores as loads
+        assert kernel["ld.global.cg.v4.u32"] == kernel["st.global.wb.v4.u32"] >= kernel["ld.global.nc.v4.u32"] > 0
     for kernel in reports["weight_standardize"].accesses:
         assert kernel["ld.global.nc.v4.u32"] > 0 and kernel["st.global.wb.v4.u32"] > 0
 

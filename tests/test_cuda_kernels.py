@@ -1,6 +1,7 @@
 """How the CUDA kernels are launched: how often, where, with what table, and what an error says; in the emulator."""
 
 import ctypes
+import math
 from collections.abc import Iterator
 from itertools import product
 
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from nfnets_kernels import backend, ops
 from nfnets_kernels.functional import weight_standardize_many
+from nfnets_kernels.reference import agc as reference
 
 from . import emulator
 from .agc_cases import assert_clipped, float64_clipped, random_pair
 from .helpers import DTYPES, assert_same
+from .tolerances import assert_accurate
 
 LAUNCH_FAILURE = 719
 # Parameters of the models.
@@ -57,14 +60,36 @@ def launches_of(controls: ctypes.CDLL, count: int) -> int:
     return launches
 
 
-@pytest.mark.parametrize("count, launches", [(1, 1), (NF_RESNET50, 1), (1022, 1), (1023, 2), (NFNET_F6, 2)])
+@pytest.mark.parametrize("count, launches", [(1, 1), (NF_RESNET50, 1), (818, 1), (819, 2), (NFNET_F6, 2)])
 def test_clipping_takes_a_launch_per_32_kilobytes_of_table(cuda, count, launches):
     assert launches_of(cuda, count) == launches
 
 
-@pytest.mark.parametrize("count, launches", [(126, 1), (127, 2), (NF_RESNET50, 2)])
+@pytest.mark.parametrize("count, launches", [(101, 1), (102, 2), (NF_RESNET50, 2)])
 def test_clipping_takes_a_launch_per_4_kilobytes_where_cuda_is_older(old_cuda, count, launches):
     assert launches_of(old_cuda, count) == launches
+
+
+@pytest.mark.parametrize("size", [1.0, 1e25])  # squares of 1e25 are held in float64 only
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0])
+def test_every_unit_is_counted_once(cuda, norm_type, size):
+    shapes = [(12, 33), (3, 1153), (2, 5000), (70, 1, 1, 1), (5,), (1,)]
+    weights, grads = map(list, zip(*[[x * size for x in random_pair(shape)] for shape in shapes], strict=True))
+    counts = [torch.tensor([[3.0, 1.0, 0.02]]).repeat(len(weight) if weight.ndim > 1 else 1, 1) for weight in weights]
+    expected = [count.clone() for count in counts]
+    for weight, grad, count in zip(weights, grads, expected, strict=True):
+        reference.agc_(weight.double(), grad.double(), 0.01, 1e-3, norm_type, "timm", count)
+    ops.agc.agc_(weights, grads, 0.01, 1e-3, norm_type, "timm", "cuda", counts)
+    for count, of_reference in zip(counts, expected, strict=True):
+        assert_same(count[:, :2], of_reference[:, :2])
+        assert_accurate(count, of_reference.double(), unit_length=5000, magnitude=0.0)
+
+
+def test_statistics_that_are_given_twice_are_noticed_by_the_emulator(cuda):
+    for shape in ((3, 40), (2, 5000), (4, 1)):
+        weights, grads = map(list, zip(*[random_pair(shape) for _ in range(2)], strict=True))
+        with pytest.raises(RuntimeError, match="which this launch has written before"):
+            ops.agc.agc_(weights, grads, 0.01, 1e-3, 2.0, "timm", "cuda", [torch.zeros(shape[0], 3)] * 2)
 
 
 def standardized(weights: list[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from benchmarks import (
     bench_agc,
     bench_residual,
     bench_scaled_activation,
+    bench_sgd_agc,
     bench_weight_standardize,
     clocks,
     goals,
@@ -150,9 +151,11 @@ def test_random_cases_pass_on_this_device_and_notice_a_wrong_result(small_cases,
     names = backend.BACKENDS[1:]
     tally = gpu_cases.run_checks(gpu_cases.check_backends, iter(cases), names, seconds=60)
     assert (tally.cases, tally.failures) == (8, 0)
-    assert all(tally.runs[op, name] == 2 for op in ("agc", "weight_standardize") for name in ("cpu", "reference"))
+    assert all(
+        tally.runs[op, name] == 2 for op in ("agc", "sgd_agc", "weight_standardize") for name in ("cpu", "reference")
+    )
     assert tally.missing(backend.OPS, ["triton", "reference"]) == []
-    assert tally.missing(backend.OPS, ["cuda"]) == ["weight_standardize on cuda", "agc on cuda"]
+    assert tally.missing(backend.OPS, ["cuda"]) == ["weight_standardize on cuda", "agc on cuda", "sgd_agc on cuda"]
     assert "agc: triton 2, cpu 2, reference 2 cases right" in str(tally)
     right = functional.scaled_activation
 
@@ -266,7 +269,9 @@ def tiny_on_gpu(monkeypatch):
     monkeypatch.setattr(bench_weight_standardize, "make_convolutions", make_convolutions)
 
 
-@pytest.mark.parametrize("bench", [bench_agc, bench_weight_standardize, bench_scaled_activation, bench_residual])
+@pytest.mark.parametrize(
+    "bench", [bench_agc, bench_sgd_agc, bench_weight_standardize, bench_scaled_activation, bench_residual]
+)
 def test_contestants_are_right_in_every_direction_and_every_goal_is_a_case(bench, tiny_on_gpu):
     cases = []
 

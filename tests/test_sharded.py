@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import nfnets_kernels as nfk
-from nfnets_kernels.optim.sharded import clip_sharded_, is_sharded, local, split
+from nfnets_kernels.sharded import clip_sharded_, is_sharded, local, split
 
 from .agc_cases import RULES, assert_clipped, float64_clipped, parameter, random_pair, unit_length
 from .distributed import assert_clips_as_whole, clip, dtensors, grid, line, run, whole
@@ -118,6 +118,16 @@ def a_nan_in_one_term_of_a_pending_sum():
     assert whole(p.grad)[1].isnan().all() and whole(p.grad)[0].isfinite().all()
 
 
+def gradients_that_a_collective_still_writes():
+    weight, grad = random_pair((4, 6))
+    expected = float64_clipped(weight, grad)
+    quarter = DTensor.from_local(grad / 4, line(), (Partial(),))
+    summed = quarter.redistribute(placements=(R,), async_op=True)
+    p = parameter(distribute_tensor(weight, line(), (R,)), summed)
+    assert type(p.grad.to_local()) is not torch.Tensor and clip([p]) == 0
+    assert_clipped(whole(p.grad), expected, 6)
+
+
 def a_rank_without_gradient_takes_part():
     weight, grad = random_pair((8,))
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -182,6 +192,7 @@ FUNCTIONS = [
     nan_stays_in_its_unit_on_all_its_ranks,
     gradients_that_are_pending_sums,
     a_nan_in_one_term_of_a_pending_sum,
+    gradients_that_a_collective_still_writes,
     a_rank_without_gradient_takes_part,
     gradients_are_written_where_they_lie,
     bad_gradients_are_named_before_anything_is_written,

@@ -12,7 +12,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import nfnets_kernels as nfk
-from nfnets_kernels.optim.sharded import clip_sharded_, is_sharded, reject_flat_parameters
+from nfnets_kernels.optim import SGD_AGC
+from nfnets_kernels.sharded import clip_sharded_, is_sharded, reject_flat_parameters, reshape_scalars_
 
 from .distributed import assert_clips_as_whole, grid, line, run, whole
 
@@ -67,17 +68,24 @@ def fully_sharded_gradients_are_clipped_as_whole_ones():
     assert assert_clips_as_whole(list(model.parameters())) == 1
 
 
-def our_network_fully_sharded():
-    model = nfk.models.NFResNet((1, 1, 1, 1), 1, num_classes=5)
-    for block in model.blocks:  # fully_shard takes no scalars
-        block.skip_gain = nn.Parameter(torch.full((1,), 0.5))
-    fsdp.fully_shard(model, mesh=line())
-    images, labels = batch(distributed.get_rank())
-    backward(model, images, labels)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.grad += 1e-2 * p.norm()  # of zero gradients there would be nothing to clip
-    assert assert_clips_as_whole(list(model.parameters())) == 1
+def our_networks_fully_sharded():
+    """Block by block; with a gate the last pass of a block multiplies by the skip gain, without one a weight does."""
+    for use_se in (False, True):
+        torch.manual_seed(1)
+        model = nfk.models.NFResNet((1, 1, 1, 1), 1, num_classes=5, use_se=use_se, dtype=torch.float64)
+        for block in model.blocks:
+            nn.init.constant_(block.skip_gain, 0.5)
+        (images, labels), (all_images, all_labels) = batch(distributed.get_rank()), batch()
+        backward(model, all_images.double(), all_labels)
+        expected = [p.grad.clone() for p in model.parameters()]
+        reshape_scalars_(model)
+        for block in model.blocks:
+            fsdp.fully_shard(block, mesh=line())
+        fsdp.fully_shard(model, mesh=line())
+        backward(model, images.double(), labels)
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(whole(p.grad).reshape(grad.shape), grad)
+        assert assert_clips_as_whole(list(model.parameters())) == 1
 
 
 def hybrid_sharded_gradients_are_clipped_as_whole_ones():
@@ -95,6 +103,30 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, clip_factor: float |
             clip_sharded_(list(model.parameters()), clip_factor, 1e-3, 2.0, rule="timm", backend="auto")
         optimizer.step()
     return [whole(p) for p in model.parameters()]
+
+
+def train_fused(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters after five steps of SGD_AGC, whole, and how often their units were clipped, on this rank."""
+    named = dict(model.named_parameters())
+    head = [named.pop(name) for name in ("head.weight", "head.bias")]
+    groups = [{"params": list(named.values())}, {"params": head, "clip_factor": None, "weight_decay": 0.0}]
+    optimizer = SGD_AGC(groups, lr=0.05, weight_decay=1e-4, ema_decay=0.9, statistics=True)
+    for _ in range(5):
+        backward(model, images, labels)
+        optimizer.step()
+    rows = torch.tensor([[row.units, row.units * row.steps * row.fraction] for row in optimizer.stats()])
+    averages = [optimizer.state[p]["ema"] for p in model.parameters()]
+    return [whole(p) for p in [*model.parameters(), *averages]], rows
+
+
+def fused_training_fully_sharded_is_that_of_one_process():
+    expected, of_all = train_fused(network(), *batch())
+    actual, of_rank = train_fused(shard(network(), line()), *batch(distributed.get_rank()))
+    torch.testing.assert_close(actual, expected)
+    spread = [p.ndim < 2 for name, p in network().named_parameters() if not name.startswith("head")]
+    distributed.all_reduce(of_rank)
+    of_rank[torch.tensor(spread)] /= distributed.get_world_size()  # both ranks hold a part of these units
+    torch.testing.assert_close(of_rank, of_all)
 
 
 def fully_sharded_training_is_that_of_one_process():
@@ -199,8 +231,9 @@ def the_benchmark_s_synchronized_batchnorm_is_that_of_the_whole_batch():
 
 FUNCTIONS = [
     fully_sharded_gradients_are_clipped_as_whole_ones,
-    our_network_fully_sharded,
+    our_networks_fully_sharded,
     fully_sharded_training_is_that_of_one_process,
+    fused_training_fully_sharded_is_that_of_one_process,
     tensor_parallel_training_is_that_of_one_process,
     data_parallel_training_is_that_of_one_process,
     data_parallel_gradients_are_reduced_during_the_backward_pass,
@@ -217,3 +250,12 @@ def raised(tmp_path_factory):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_on_two_processes(raised, function):
     assert not raised[function.__name__], raised[function.__name__]
+
+
+def test_a_checkpoint_without_scalars_fits_a_network_with_them():
+    model = reshape_scalars_(nfk.models.NFResNet((1, 1, 1, 1), 1, num_classes=5))
+    nn.init.constant_(model.blocks[0].skip_gain, 0.5)
+    twin = nfk.models.NFResNet((1, 1, 1, 1), 1, num_classes=5)
+    twin.load_state_dict(model.state_dict())
+    assert twin.blocks[0].skip_gain.shape == ()
+    assert twin.blocks[0].skip_gain.item() == 0.5

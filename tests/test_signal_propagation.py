@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nfnets_kernels.diagnostics import signal_propagation
+from nfnets_kernels.diagnostics import SignalPropagation, signal_propagation
 from nfnets_kernels.models import NFResNet, load_haiku
 
 from .helpers import assert_same, channels_last
@@ -89,3 +89,18 @@ def test_leaves_no_trace(training, fails):
 def test_another_model_is_refused():
     with pytest.raises(TypeError, match=r"model must be an NF network of .*, got Linear"):
         signal_propagation(nn.Linear(3, 3), torch.randn(2, 3))
+
+
+def test_the_plot_shows_each_metric_block_by_block(tmp_path):
+    metrics = signal_propagation(perturb(NFResNet(DEPTH, 1, num_classes=10)), torch.randn(2, 3, 32, 32))
+    figure = metrics.plot(tmp_path / "signal.png")
+    for axes, metric, count in zip(figure.axes, ("avg_sq_mean", "avg_var", "res_avg_var"), (6, 6, 5), strict=True):
+        (line,) = axes.lines
+        assert list(line.get_xdata()) == list(range(count))
+        assert list(line.get_ydata()) == [metrics[f"{metric}_{i}"].item() for i in range(count)]
+    assert (tmp_path / "signal.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_blocks_are_drawn_in_their_order_however_many_there_are():
+    metrics = SignalPropagation({f"avg_var_{i}": torch.tensor(float(i)) for i in (10, 2, 0, 1, 9, 3, 4, 5, 6, 7, 8)})
+    assert metrics.of("avg_var") == [float(i) for i in range(11)]

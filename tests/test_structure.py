@@ -24,6 +24,7 @@ LAYERS = (
     {"backend"},
     {"reference", "triton_kernels"},
     {"ops"},
+    {"sharded"},
     {"functional", "modules", "optim"},
     {"models", "integrations", "diagnostics", "deployment"},
     {"benchmarks"},
@@ -102,7 +103,7 @@ def test_no_two_parts_import_each_other():
 
 
 def test_the_package_needs_only_its_dependencies():
-    """Except for integrations, which are for those who have the other package."""
+    """Except for integrations, which are for those who have the other package, Triton, and plots."""
     required = [text for text in importlib.metadata.requires("nfnets_kernels") or [] if "extra ==" not in text]
     allowed = {re.match(r"[\w-]+", text)[0] for text in required} | {"nfnets_kernels"} | sys.stdlib_module_names
     assert {"torch", "numpy"} <= allowed
@@ -110,7 +111,8 @@ def test_the_package_needs_only_its_dependencies():
         part = path.relative_to(PACKAGE).parts[0]
         if part != "integrations":
             imported = {name.split(".")[0] for name in imported_names(path)}
-            assert imported <= allowed | ({"triton"} if part == "triton_kernels" else set()), path
+            optional = {"triton_kernels": {"triton"}, "diagnostics": {"matplotlib"}}.get(part, set())
+            assert imported <= allowed | optional, path
 
 
 def test_the_package_imports_without_optional_packages():

@@ -8,8 +8,6 @@ namespace {
 
 // Pieces of 16 bytes that a thread holds of each tensor: with four warps, 18,432 bytes, or 4,608 float32.
 constexpr int kPieces = 9;
-// Single elements of a block; a thread clips one at a time.
-constexpr int kSingles = 4 * kBlock;
 
 struct Row {
   const void* weight;
@@ -38,7 +36,7 @@ NFK_INLINE Share share_of(const Row& row) {
 
 template <class W, class G>
 int64_t blocks_of(const Row& row) {
-  if (row.length == 1) return (row.count + kSingles - 1) / kSingles;
+  if (row.length == 1) return blocks_of_singles(row.count);
   return blocks_of(share_of<W, G>(row), row.count);
 }
 
@@ -47,15 +45,12 @@ __device__ UnitStatistics* statistics_of(const Row& row, int64_t unit) {
 }
 
 template <class W, class G>
-__device__ void clip_single_elements(const Row& row, int block, const AgcConfig& config) {
-  for (int i = 0; i < kSingles / kBlock; ++i) {
-    const int unit = block * kSingles + i * kBlock + threadIdx.x;
-    if (unit >= row.count) return;
+__device__ void clip_single_elements(const Row& row, int block, AgcConfig config) {
+  config.norm = Norm::one;  // of one element all norms are the same
+  each_single(block, row.count, [&](int unit) {
     const Global<const W> weight{static_cast<const W*>(row.weight) + unit, 1};
-    AgcConfig by = config;
-    by.norm = Norm::one;  // of one element all norms are the same
-    clip_unit(OneThread{}, weight, Global<G>{static_cast<G*>(row.grad) + unit, 1}, statistics_of(row, unit), by);
-  }
+    clip_unit(OneThread{}, weight, Global<G>{static_cast<G*>(row.grad) + unit, 1}, statistics_of(row, unit), config);
+  });
 }
 
 template <class T>
@@ -97,9 +92,8 @@ __global__ void __launch_bounds__(kBlock, 5) clip(const AgcTable __grid_constant
   const Row& row = table.rows[place.tensor];
   if (row.length == 1) return clip_single_elements<W, G>(row, place.block, table.common);
   const Share share = share_of<W, G>(row);
-  const Team team = share == Share::warp ? Team::warp() : Team::block();
-  const int unit = share == Share::warp ? place.block * kWarps + static_cast<int>(threadIdx.x) / kWarp : place.block;
-  if (unit < row.count) clip_unit_of<W, G>(team, row, unit, share != Share::long_unit, table.common);
+  const Work work(share, place.block);
+  if (work.unit < row.count) clip_unit_of<W, G>(work.team, row, work.unit, share != Share::long_unit, table.common);
 }
 
 template <class W, class G>

@@ -155,6 +155,30 @@ NFK_INLINE int64_t blocks_of(Share share, int64_t units) {
   return share == Share::warp ? (units + kWarps - 1) / kWarps : units;
 }
 
+// What a thread works on, and with whom. The unit may be one behind the last.
+struct Work {
+  Team team;
+  int unit;
+
+  __device__ Work(Share share, int block)
+      : team(share == Share::warp ? Team::warp() : Team::block()),
+        unit(share == Share::warp ? block * kWarps + static_cast<int>(threadIdx.x) / kWarp : block) {}
+};
+
+// Units of a single element that a block gets, and each of its threads one at a time.
+constexpr int kSingles = 4 * kBlock;
+
+inline int64_t blocks_of_singles(int64_t units) { return (units + kSingles - 1) / kSingles; }
+
+// Calls f(unit) for those of a thread.
+template <class F>
+__device__ void each_single(int block, int units, F f) {
+  for (int i = 0; i < kSingles / kBlock; ++i) {
+    const int unit = block * kSingles + i * kBlock + threadIdx.x;
+    if (unit < units) f(unit);
+  }
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace nfk

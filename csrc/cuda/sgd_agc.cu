@@ -6,13 +6,12 @@ namespace nfk {
 namespace cuda {
 namespace {
 
-// Weight and gradient stay in registers until the decision; momentum and average pass through in so many parts. Of a tensor's
-// part a thread holds so many bytes, as the accumulation type has it: with four warps and all parts, 4,608 float32.
+// A unit's weight and gradient stay in registers; momentum and average follow in so many parts, for which there are
+// registers too. Of a part a thread holds at least so many bytes, counted in the accumulation type: with four warps and three
+// parts, 4,608 float32.
 constexpr int kParts = 3;
 constexpr int kPartBytes = 48;
-// Single elements of a block; a thread steps one at a time.
-constexpr int kSingles = 4 * kBlock;
-// Parameter groups of a launch. Models have three at most: what is clipped, what is not, what does not decay.
+// Parameter groups of a launch. Most models have two or three: clipped or not, with weight decay or without.
 constexpr int kGroups = 8;
 
 struct Row {
@@ -36,7 +35,7 @@ struct Common {
   __device__ bool skips() const { return found_inf && *found_inf != 0; }
   __device__ SgdConfig config(int group) const {
     SgdConfig config = configs[group];
-    config.clip.norm = Norm::two;
+    config.clip.norm = Norm::two;  // as it is: so told, the compiler leaves out the others
     if (lrs[group]) config.lr *= *lrs[group];
     if (grad_scale) config.grad_factor /= *grad_scale;
     return config;
@@ -72,7 +71,7 @@ NFK_INLINE Share share_of(const Row& row) {
 
 template <class W, class G>
 int64_t blocks_of(const Row& row) {
-  if (row.length == 1) return (row.count + kSingles - 1) / kSingles;
+  if (row.length == 1) return blocks_of_singles(row.count);
   return blocks_of(share_of<W, G>(row), row.count);
 }
 
@@ -99,31 +98,40 @@ __device__ auto descent_of(const Team& team, const Weight& weight, const Grad& g
   return Descent<Wider<typename Weight::value_type, typename Grad::value_type>>(config, factor);
 }
 
-// Steps the elements that a thread holds in a part of a unit.
-template <class W, class G, class Weight, class Grad, class Descent>
-__device__ void step_part(const Team& team, const Unit<W, G>& unit, Weight weight, const Grad& grad, const Descent& step,
-                          double average_decay) {
+// What is held of a unit's momentum and average: a part.
+template <class W, class G>
+struct States {
   using P = PartOf<W, G>;
-  Held<W, P> momentum(weight.range());
-  Held<typename Unit<W, G>::Average, P> average(weight.range());
-  if (unit.row.momentum) momentum.fill(unit.momentum(), Rewritten{});
-  if (unit.row.average) average.fill(unit.average(), Rewritten{});
-  if (unit.row.momentum) {
+  Held<W, P> momentum;
+  Held<typename Unit<W, G>::Average, P> average;
+
+  explicit __device__ States(Slots<P> part) : momentum(part), average(part) {}
+  __device__ void fill(const Unit<W, G>& unit) {
+    if (unit.row.momentum) momentum.fill(unit.momentum(), Rewritten{});
+    if (unit.row.average) average.fill(unit.average(), Rewritten{});
+  }
+  __device__ void store_to(const Unit<W, G>& unit) const {
+    if (unit.row.momentum) momentum.store_to(unit.momentum());
+    if (unit.row.average) average.store_to(unit.average());
+  }
+};
+
+template <class Team, class Weight, class Grad, class Momentum, class Average, class Descent>
+__device__ void step_elements(const Team& team, const Row& row, Weight weight, const Grad& grad, Momentum& momentum,
+                              Average& average, const Descent& step, double average_decay) {
+  if (row.momentum) {
     descend_with_momentum(team, weight, grad, momentum, step);
-    momentum.store_to(unit.momentum());
   } else {
     descend(team, weight, grad, step);
   }
-  if (unit.row.average) {
-    move_average(team, weight, average, average_decay);
-    average.store_to(unit.average());
-  }
+  if (row.average) move_average(team, weight, average, average_decay);
 }
 
 // A unit that fits the team's registers.
 template <class W, class G>
 __device__ void step_held_unit(const Team& team, const Unit<W, G>& unit, const Common& common) {
   using D = DealOf<W, G>;
+  using P = PartOf<W, G>;
   const auto slots = Slots<D>::of(team.thread, team.threads, head_of<D>(unit.weight()), unit.row.length);
   Held<W, D> weight(slots);
   Held<G, D> grad(slots);
@@ -132,58 +140,56 @@ __device__ void step_held_unit(const Team& team, const Unit<W, G>& unit, const C
   const SgdConfig config = common.config(unit.row.group);
   const auto step = descent_of(team, weight, grad, unit.statistics(), config);
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    using P = PartOf<W, G>;
-    const int first = part * P::kGroups;
-    step_part(team, unit, Part<Held<W, D>, P>{weight, first}, Part<Held<G, D>, P>{grad, first}, step, config.average_decay);
+  for (int first = 0; first < D::kGroups; first += P::kGroups) {
+    States<W, G> states(slots.template from<P>(first));
+    states.fill(unit);
+    const Part<Held<W, D>, P> some{weight, first};
+    const Part<Held<G, D>, P> of_grad{grad, first};
+    step_elements(team, unit.row, some, of_grad, states.momentum, states.average, step, config.average_decay);
+    states.store_to(unit);
   }
   weight.store_to(unit.weight());
 }
 
 template <class Team, class W, class G>
 __device__ void step_unit_in_memory(const Team& team, const Unit<W, G>& unit, const Common& common) {
-  Global<W> weight{unit.weight(), unit.row.length};
-  const Global<const G> grad{unit.grad(), unit.row.length};
+  const int64_t n = unit.row.length;
+  const Global<const G> grad{unit.grad(), n};
+  Global<W> momentum{unit.momentum(), n};
+  Global<typename Unit<W, G>::Average> average{unit.average(), n};
   const SgdConfig config = common.config(unit.row.group);
-  const auto step = descent_of(team, Global<const W>{unit.weight(), unit.row.length}, grad, unit.statistics(), config);
-  if (unit.row.momentum) {
-    Global<W> momentum{unit.momentum(), unit.row.length};
-    descend_with_momentum(team, weight, grad, momentum, step);
-  } else {
-    descend(team, weight, grad, step);
-  }
-  if (unit.row.average) {
-    Global<typename Unit<W, G>::Average> average{unit.average(), unit.row.length};
-    move_average(team, weight, average, config.average_decay);
-  }
+  const auto step = descent_of(team, Global<const W>{unit.weight(), n}, grad, unit.statistics(), config);
+  step_elements(team, unit.row, Global<W>{unit.weight(), n}, grad, momentum, average, step, config.average_decay);
 }
 
 template <class W, class G>
-__device__ void step_single_elements(const Row& row, int block, const Common& common) {
-  for (int i = 0; i < kSingles / kBlock; ++i) {
-    const int unit = block * kSingles + i * kBlock + threadIdx.x;
-    if (unit < row.count) step_unit_in_memory(OneThread{}, Unit<W, G>{row, unit}, common);
-  }
-}
+constexpr int kBlocks = std::is_same<Wider<W, G>, double>::value ? 3 : 4;
 
-template <class W, class G>
-constexpr int kBlocks = std::is_same<Wider<W, G>, double>::value ? 3 : 4;  // that share a multiprocessor
-
+// At most 128 registers a thread, so that 4 blocks, 16 warps, share a multiprocessor; in float64, 3. Where float32 units fill
+// a block, it has all of weight and gradient under way at once, then momentum and average in three parts: 36 KB and three
+// times 12 KB (6 KB without an average), so 144 and 48 KB per multiprocessor, where 25 KB hide an H200's latency. Four times
+// a microsecond of latency, and one for the table, scalars and norms, are less than the 14 us that a multiprocessor's
+// 132nd of 4.8 TB/s takes for the 129 KB of each of its 4 blocks. Blocks whose warps have 256 float32 each wait twice, 3 us,
+// and 4 of them take 3 us to transfer.
 template <class W, class G>
 __global__ void __launch_bounds__(kBlock, kBlocks<W, G>) step(const SgdTable __grid_constant__ table) {
   if (table.common.skips()) return;
   const Place place = table.find(blockIdx.x);
   const Row& row = table.rows[place.tensor];
-  if (row.length == 1) return step_single_elements<W, G>(row, place.block, table.common);
+  if (row.length == 1) {
+    each_single(place.block, row.count, [&](int unit) {
+      step_unit_in_memory(OneThread{}, Unit<W, G>{row, unit}, table.common);
+    });
+    return;
+  }
   const Share share = share_of<W, G>(row);
-  const Team team = share == Share::warp ? Team::warp() : Team::block();
-  const int index = share == Share::warp ? place.block * kWarps + static_cast<int>(threadIdx.x) / kWarp : place.block;
-  if (index >= row.count) return;
-  const Unit<W, G> unit{row, index};
+  const Work work(share, place.block);
+  if (work.unit >= row.count) return;
+  const Unit<W, G> unit{row, work.unit};
   if (share == Share::long_unit) {
-    step_unit_in_memory(team, unit, table.common);
+    step_unit_in_memory(work.team, unit, table.common);
   } else {
-    step_held_unit(team, unit, table.common);
+    step_held_unit(work.team, unit, table.common);
   }
 }
 

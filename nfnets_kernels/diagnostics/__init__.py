@@ -1,5 +1,6 @@
-"""Looking into normalizer-free networks."""
+"""Looking into normalizer-free networks and their training."""
 
-from .signal_propagation import signal_propagation
+from . import clipping
+from .signal_propagation import SignalPropagation, signal_propagation
 
-__all__ = ["signal_propagation"]
+__all__ = ["SignalPropagation", "clipping", "signal_propagation"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import torch
@@ -9,6 +10,48 @@ from torch import Tensor
 
 from ..models.blocks import NFBlock
 from ..models.network import NormalizerFreeNet
+from .figures import new_figure, save
+
+
+class SignalPropagation(dict[str, Tensor]):
+    """Metrics by the authors' names; `plot` draws them block by block."""
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """The signal propagation plots of the first paper (Brock et al. 2021a, figure 1), one panel per metric.
+
+        Args:
+            path: where to write it, for instance "signal.png"; None: nowhere.
+
+        Returns:
+            The matplotlib Figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        panels = (
+            ("avg_sq_mean", "average squared channel mean"),
+            ("avg_var", "average channel variance"),
+            ("res_avg_var", "average channel variance\nof the residual branch"),
+        )
+        figure = new_figure(12.0, 3.6)
+        for axes, (metric, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            values = self.of(metric)
+            axes.plot(range(len(values)), values, marker="o", markersize=3)
+            axes.set_title(title)
+            axes.set_xlabel("residual block" if metric == "res_avg_var" else "after block (0: the stem)")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylim(bottom=0.0)
+            axes.grid(alpha=0.3)
+        return save(figure, path)
+
+    def of(self, metric: str) -> list[float]:
+        """One metric of all blocks, in their order: "avg_sq_mean", "avg_var" or "res_avg_var"."""
+        names = {f"{metric}_{i}" for i in range(len(self))}
+        return [value.item() for name, value in sorted(self.items(), key=_index) if name in names]
+
+
+def _index(item: tuple[str, Tensor]) -> int:
+    return int(item[0].rsplit("_", 1)[1])
 
 
 def _stream_metrics(h: Tensor, index: int) -> dict[str, Tensor]:
@@ -20,7 +63,7 @@ def _stream_metrics(h: Tensor, index: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def signal_propagation(model: NormalizerFreeNet, x: Tensor) -> dict[str, Tensor]:
+def signal_propagation(model: NormalizerFreeNet, x: Tensor) -> SignalPropagation:
     """The authors' signal metrics of one forward pass (nfnets/base.py, `signal_metrics`).
 
     Args:
@@ -29,14 +72,15 @@ def signal_propagation(model: NormalizerFreeNet, x: Tensor) -> dict[str, Tensor]
 
     Returns:
         Scalars: `avg_sq_mean_0` and `avg_var_0` after the stem, `avg_sq_mean_{i+1}`, `avg_var_{i+1}` after block i, and
-        `res_avg_var_{i}`, the average channel variance of block i's residual branch before skip_gain and alpha.
+        `res_avg_var_{i}`, the average channel variance of block i's residual branch before skip_gain and alpha. The
+        result draws them: `signal_propagation(model, x).plot("signal.png")`.
 
     Raises:
         TypeError: the model is not a `NormalizerFreeNet`.
     """
     if not isinstance(model, NormalizerFreeNet):
         raise TypeError(f"model must be an NF network of nfnets_kernels.models, got {type(model).__name__}")
-    metrics: dict[str, Tensor] = {}
+    metrics = SignalPropagation()
 
     def before_block(block: NFBlock, inputs: tuple[Any, ...]) -> None:
         h, a, *_ = inputs

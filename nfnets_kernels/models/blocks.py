@@ -172,9 +172,9 @@ class ResidualBlock(nn.Module):
             f = last(out, prepared=weights)
             alpha = self.alpha * self.gate_gain / 2.0  # the op's gate is 2 * sigmoid
             gate = self.outer_gate(f)
-            return functional.residual(
-                f, shortcut, skip_gain=self.skip_gain, se=gate, keep=keep, alpha=alpha, **options
-            )
+            # (1,) after sharded.reshape_scalars_
+            skip_gain = None if self.skip_gain is None else self.skip_gain.reshape(())
+            return functional.residual(f, shortcut, skip_gain=skip_gain, se=gate, keep=keep, alpha=alpha, **options)
         f = last(out, skip_gain=self.skip_gain, alpha=self.alpha, prepared=weights)
         if fused:
             return functional.residual(f, shortcut, bias=bias, inplace=True, **options)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops.library import check_choice
+from ..sharded import is_sharded
 from .standardized import Prepared, Request, Standardized, standardize_together
 
 GROUPS = ("stage", "model")
@@ -49,7 +50,10 @@ def prepare_together(requests: Sequence[Request], input: Tensor) -> list[Prepare
 
 def _is_wanted(request: Request) -> bool:
     layer = request.layer
-    return isinstance(layer, Standardized) and _has_its_parameters(layer) and not layer.keeps_standardized()
+    if not isinstance(layer, Standardized) or layer.keeps_standardized():
+        return False
+    # Under fully_shard a layer has whole parameters while it is called, which is too late here.
+    return _has_its_parameters(layer) and not is_sharded(layer.weight)
 
 
 def _has_its_parameters(layer: Standardized) -> bool:

@@ -59,18 +59,25 @@ def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
         )
 
 
-def with_gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters that have a gradient, each once, and the gradients, which can all be clipped in place."""
+def listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """One tensor or several as a list; raises TypeError for what is none."""
     if isinstance(parameters, Tensor):
-        parameters = [parameters]
+        return [parameters]
     if not isinstance(parameters, Iterable) or isinstance(parameters, nn.Module):
         raise TypeError(f"parameters must be a tensor or an iterable of tensors, got {type(parameters).__name__}")
+    tensors = list(parameters)
+    for i, parameter in enumerate(tensors):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
+    return tensors
+
+
+def with_gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, each once, and the gradients, which can all be clipped in place."""
     weights: list[Tensor] = []
     grads: list[Tensor] = []
     seen = set()
     for i, parameter in enumerate(parameters):
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
         grad = parameter.grad
         if grad is not None and id(parameter) not in seen:
             seen.add(id(parameter))

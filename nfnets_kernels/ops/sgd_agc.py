@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import backend as backends
 from ..reference import sgd_agc as reference
 from ..reference.sgd_agc import Hyperparameters, Scalars
-from .agc import RULES, address, check_gradient, unit_count
-from .library import aligned, check_choice, define, queue, same_order, unit_dense
+from .agc import RULES, address, check_gradient, overlaps, unit_count
+from .library import aligned, check_choice, check_float, define, queue, same_order, unit_dense
 from .snapshot import is_plain, snapshot_of
 
 
@@ -53,7 +53,7 @@ class Call(NamedTuple):
     def on(self, device: torch.device) -> Call:
         """The same with float32 tensors of that device."""
         moved = [
-            x if x is None else x.detach().to(device, torch.float32)
+            x if x is None else x.detach().to(device, torch.float32).reshape(())
             for x in (*self.lrs, self.grad_scale, self.found_inf)
         ]
         return Call(self.hypers, moved[:-2], moved[-2], moved[-1])
@@ -62,6 +62,7 @@ class Call(NamedTuple):
 def check_hyperparameters(hyper: Hyperparameters) -> None:
     """Raises ValueError or TypeError naming the first bad one."""
     numbers = {name: value for name, value in hyper._asdict().items() if not isinstance(value, bool)}
+    numbers["ema_decay"] = numbers.pop("average_decay")
     for name, value in numbers.items():
         if name == "clip_factor" and value is None:
             continue
@@ -78,28 +79,64 @@ def check_hyperparameters(hyper: Hyperparameters) -> None:
         )
 
 
-def check_tensors(tensors: Tensors) -> None:
+def check_tensors(tensors: Tensors, rule: str) -> None:
     """Raises ValueError or TypeError naming the first tensor that does not fit its weight."""
-    columns = zip(tensors.weights, tensors.grads, tensors.momentum_buffers, tensors.averages, strict=True)
-    for i, (weight, grad, momentum_buffer, average) in enumerate(columns):
+    columns = zip(*tensors[:5], strict=True)
+    for i, (weight, grad, momentum_buffer, average, statistics) in enumerate(columns):
         check_gradient(f"parameters[{i}]", weight, grad)
         accumulated = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        for name, state, dtype in (
-            ("momentum_buffer", momentum_buffer, weight.dtype),
-            ("ema", average, accumulated),
-        ):
-            if state is not None and (state.shape, state.device, state.dtype) != (weight.shape, weight.device, dtype):
-                raise ValueError(
-                    f"{name} of parameters[{i}] must be {tuple(weight.shape)} of {dtype} on {weight.device}, got "
-                    f"{tuple(state.shape)} of {state.dtype} on {state.device}"
-                )
+        check_written(f"parameters[{i}]", weight, weight, weight.dtype)
+        check_written(f"momentum_buffer of parameters[{i}]", momentum_buffer, weight, weight.dtype)
+        check_written(f"ema of parameters[{i}]", average, weight, accumulated)
+        check_statistics(f"statistics of parameters[{i}]", statistics, weight, rule)
+
+
+def check_written(name: str, tensor: Tensor | None, weight: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError or TypeError unless this is None or as the weight, with memory of its own for each element."""
+    if tensor is None:
+        return
+    check_float(name, tensor)
+    if (tensor.shape, tensor.device, tensor.dtype) != (weight.shape, weight.device, dtype):
+        raise ValueError(
+            f"{name} must be {tuple(weight.shape)} of {dtype} on {weight.device}, got "
+            f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+        )
+    if not tensor.is_contiguous() and overlaps(tensor):
+        raise ValueError(
+            f"{name} may hold one element twice (shape {tuple(tensor.shape)}, strides {tensor.stride()}, as after "
+            "expand()); clone it"
+        )
+
+
+def check_statistics(name: str, statistics: Tensor | None, weight: Tensor, rule: str) -> None:
+    """Raises ValueError unless kernels, which know addresses alone, can count all units of the weight in them."""
+    if statistics is None:
+        return
+    units = unit_count(weight.shape, rule) if weight.numel() else 0
+    fits = statistics.ndim == 2 and statistics.shape[0] >= units and statistics.shape[1] == 3
+    kind = statistics.dtype, statistics.device, statistics.is_contiguous()
+    if not fits or kind != (torch.float32, weight.device, True):
+        raise ValueError(
+            f"{name} must be ({units}, 3) of {torch.float32}, contiguous, on {weight.device}, got "
+            f"{tuple(statistics.shape)} of {statistics.dtype} with strides {statistics.stride()} on {statistics.device}"
+        )
+
+
+def check_scalars(call: Call) -> None:
+    """Raises ValueError naming the first that is not of one element."""
+    for name, tensors in (("lr_tensor", call.lrs), ("grad_scale", [call.grad_scale]), ("found_inf", [call.found_inf])):
+        for tensor in tensors:
+            if tensor is not None and tensor.numel() != 1:
+                raise ValueError(f"{name} must have one element, got a tensor of shape {tuple(tensor.shape)}")
 
 
 @torch.no_grad()
 def step_(tensors: Tensors, call: Call, rule: str, backend: str) -> None:
     """A step of all parameters: a launch for those of a device, of whatever parameter groups."""
     check_choice("rule", rule, RULES)
-    check_tensors(tensors)
+    check_choice("backend", backend, backends.BACKENDS)
+    check_scalars(call)
+    check_tensors(tensors, rule)
     by_device: dict[torch.device, list[int]] = {}
     for i, weight in enumerate(tensors.weights):
         if weight.numel():
@@ -304,6 +341,10 @@ def _sgd_agc(
 ):  # fmt: skip
     hyper = Hyperparameters(lr, momentum, dampening, weight_decay, nesterov, maximize, clip_factor, eps, ema_decay)
     check_hyperparameters(hyper)
+    named = {"grads": grads, "momentum_buffers": momentum_buffers, "averages": averages, "statistics": statistics}
+    for name, column in named.items():
+        if len(column) != len(weights) and (column or name == "grads"):
+            raise ValueError(f"{name} must have an entry for each of {len(weights)} weights, got {len(column)}")
     absent: list[Tensor | None] = [None] * len(weights)
     momenta, means, counts = (list(column) or absent for column in (momentum_buffers, averages, statistics))
     tensors = Tensors(list(weights), list(grads), momenta, means, counts, [0] * len(weights))

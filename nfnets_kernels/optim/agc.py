@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
+from ..sharded import clip_sharded_, is_sharded, reject_flat_parameters
 from .lookup import find_module
-from .sharded import clip_sharded_, is_sharded, reject_flat_parameters
 from .statistics import ClippingStatistics, UnitCounts
 
 if TYPE_CHECKING:
@@ -124,12 +125,13 @@ class AGC:
         self, parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float, rule: str, backend: str
     ) -> None:
         if any(map(is_sharded, parameters)):
-            clip_sharded_(parameters, clip_factor, eps, norm_type, rule=rule, backend=backend)
+            counts = None if self._counts is None else partial(self._counts.of, rule=rule)
+            clip_sharded_(parameters, clip_factor, eps, norm_type, rule=rule, backend=backend, counts=counts)
         else:
             weights, grads = ops.agc.with_gradients(parameters)
-            counts = None if self._counts is None else [self._counts.of(weight, rule) for weight in weights]
+            statistics = None if self._counts is None else [self._counts.of(weight, rule) for weight in weights]
             with torch.no_grad():
-                ops.agc.agc_(weights, grads, clip_factor, eps, norm_type, rule, backend, counts)
+                ops.agc.agc_(weights, grads, clip_factor, eps, norm_type, rule, backend, statistics)
 
     def _statistics_of(self, parameter: Tensor) -> Tensor | None:
         return None if self._counts is None else self._counts.of(parameter, self.rule)

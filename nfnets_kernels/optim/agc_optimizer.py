@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..sharded import reject_flat_parameters
 from .agc import AGC
-from .sharded import reject_flat_parameters
 
 
 class AGCOptimizer(AGC, Optimizer):
@@ -86,18 +86,20 @@ class AGCOptimizer(AGC, Optimizer):
         if scale is not None:
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(grads, scale)
+        if found_inf is not None and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            if found_inf:  # waits for the device: such an optimizer steps or does not, as the host says
+                return None
+            found_inf = None
         if closure is None:
             self.clip_()
             return self._step_unless(found_inf)
         return self.optimizer.step(self._clipping(closure))
 
     def _step_unless(self, found_inf: Tensor | None) -> Any:
-        """The other optimizer's step; where that can be told of infinities, without waiting for the device."""
+        """The other optimizer's step, which it skips itself where there are infinities."""
         other: Any = self.optimizer
         if found_inf is None:
             return other.step()
-        if not getattr(other, "_step_supports_amp_scaling", False):
-            return None if found_inf.item() else other.step()
         other.grad_scale, other.found_inf = None, found_inf
         try:
             return other.step()
@@ -128,6 +130,10 @@ class AGCOptimizer(AGC, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Into the other optimizer: what it saved with or without clipping."""
         self.optimizer.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without a scheduler's step, which would step the optimizer that is copied, not the copy.
+        return {key: value for key, value in super().__getstate__().items() if key != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,9 +15,9 @@ from torch.optim import Optimizer
 from .. import ops
 from ..ops.library import check_choice
 from ..ops.sgd_agc import Call
+from ..sharded import clip_spread_, is_sharded, local, reject_flat_parameters, split
 from .agc_optimizer import named_parameters
 from .sgd_agc_plan import Memory, Plan, hyperparameters
-from .sharded import clip_spread_, is_sharded, local, reject_flat_parameters, split
 from .statistics import ClippingStatistics, UnitCounts
 
 
@@ -114,11 +116,13 @@ class SGD_AGC(Optimizer):
 
     def _prepare_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
+        if not isinstance(lr, (Tensor, Real)):
+            raise TypeError(f"lr must be a number or a tensor, got {type(lr).__name__}")
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must have one element, got a tensor of shape {tuple(lr.shape)}")
         ops.sgd_agc.check_hyperparameters(hyperparameters(group, float(lr)))
         reject_flat_parameters(group["params"])
-        if group["capturable"]:
+        if group["capturable"] and group["params"]:
             group["lr"] = torch.as_tensor(lr, dtype=torch.float32, device=group["params"][0].device)
 
     @torch.no_grad()
@@ -271,7 +275,8 @@ class SGD_AGC(Optimizer):
         spread: set[Tensor] = set()
         for (clip_factor, eps), parameters in by_factor.items():
             _, of_factor = split(parameters, self.defaults["rule"])
-            clip_spread_(of_factor, clip_factor, eps, 2.0, self.defaults["rule"])
+            counts = partial(self._counts.of, rule=self.defaults["rule"]) if self.defaults["statistics"] else None
+            clip_spread_(of_factor, clip_factor, eps, 2.0, self.defaults["rule"], counts)
             spread.update(of_factor)
         return spread
 

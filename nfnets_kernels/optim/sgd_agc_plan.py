@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.sgd_agc import Call, Hyperparameters, Tensors
-from .sharded import is_sharded, local
+from ..sharded import is_sharded, local
 
 
 def hyperparameters(group: dict[str, Any], lr: float) -> Hyperparameters:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..sharded import local_units
 
 _COLUMNS = ("parameter", "shape", "units", "steps", "clipped", "largest ratio")
 
@@ -38,8 +39,9 @@ class ClippingStatistics(tuple[ParameterStatistics, ...]):
 
     @property
     def largest_ratio(self) -> float:
-        """Of gradient norm to parameter norm, over all units and steps."""
-        return max((row.largest_ratio for row in self), default=0.0)
+        """Of gradient norm to parameter norm, over all units and steps; NaN where there was one."""
+        ratios = [row.largest_ratio for row in self]
+        return math.nan if any(map(math.isnan, ratios)) else max(ratios, default=0.0)
 
     def __repr__(self) -> str:
         cells = [_COLUMNS, *map(_cells, self)]
@@ -56,6 +58,8 @@ def _cells(row: ParameterStatistics) -> tuple[str, ...]:
 class UnitCounts:
     """The counts (csrc/units.h, `UnitStatistics`) of every unit of some parameters, on the parameters' devices.
 
+    Of DTensors each rank counts the units that it holds something of.
+
     The kernels that clip add to them: no step waits for a device, and replays of a CUDA graph count too.
     """
 
@@ -65,7 +69,7 @@ class UnitCounts:
     def of(self, parameter: Tensor, rule: str) -> Tensor:
         """(units, 3) float32 of a parameter, from 0 where it is seen for the first time, or has other units now."""
         counts = self._of.get(parameter)
-        units = ops.agc.unit_count(parameter.shape, rule) if parameter.numel() else 0
+        units = local_units(parameter, rule)
         if counts is None or counts.shape[0] != units or counts.device != parameter.device:
             counts = torch.zeros(units, 3, dtype=torch.float32, device=parameter.device)
             self._of[parameter] = counts

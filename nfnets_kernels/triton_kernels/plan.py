@@ -1,7 +1,7 @@
 """Which program of a launch works on which units of weights and gradients: tiles of units, or parts of long ones.
 
-A unit that no tile holds takes two launches: `sum_parts_kernel`, and an op's own kernel, which gets the unit's norms from
-`norms_of_parts`.
+A unit that no tile holds takes two launches: `sum_parts_kernel`, and an op's own kernel, which gets the unit's norms
+from `norms_of_parts`.
 """
 
 from collections.abc import Sequence

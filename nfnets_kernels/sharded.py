@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..reference import agc as reference
+from . import ops
+from .reference import agc as reference
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -36,6 +38,23 @@ def local(tensor: Tensor) -> Tensor:
     return held.wait() if hasattr(held, "wait") else held  # one that a collective is still writing
 
 
+def reshape_scalars_(module: ModuleT) -> ModuleT:
+    """Gives scalar parameters, such as the skip gains of NF networks, the shape (1,): `fully_shard` takes no scalars.
+
+    To be called after loading weights and before `fully_shard` and optimizers. A checkpoint of the network then fits
+    networks without this: torch loads (1,) into ().
+
+    Returns:
+        `module` itself.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.ndim == 0:
+                vector = nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad)
+                setattr(part, name, vector)
+    return module
+
+
 def reject_flat_parameters(parameters: Iterable[Tensor]) -> None:
     """Raises TypeError for parameters of FullyShardedDataParallel (FSDP1), with use_orig_params or without."""
     if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
@@ -45,9 +64,20 @@ def reject_flat_parameters(parameters: Iterable[Tensor]) -> None:
         )
 
 
+# Gives for a parameter the counts of the units that this rank holds, see `nfnets_kernels.reference.agc.count_`.
+Counts = Callable[[Tensor], Tensor]
+
+
 @torch.no_grad()
 def clip_sharded_(
-    parameters: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float, *, rule: str, backend: str
+    parameters: Sequence[Tensor],
+    clip_factor: float,
+    eps: float,
+    norm_type: float,
+    *,
+    rule: str,
+    backend: str,
+    counts: Counts | None = None,
 ) -> None:
     """`nfnets_kernels.agc_` of DTensors, and of plain tensors among them.
 
@@ -58,6 +88,7 @@ def clip_sharded_(
     Args:
         parameters: tensors with `.grad`; one without gradient is skipped, one that comes twice is clipped once.
         clip_factor, eps, norm_type, rule, backend: see `nfnets_kernels.agc_`.
+        counts: where what happens to units is counted; None: nowhere.
 
     Raises:
         TypeError, ValueError: as `nfnets_kernels.agc_`, and for a gradient placed in a way that `split` rejects.
@@ -66,9 +97,11 @@ def clip_sharded_(
     """
     ops.agc.check_options(clip_factor, eps, norm_type, rule, backend)
     whole, spread = split(parameters, rule)
-    clip_spread_(spread, clip_factor, eps, norm_type, rule)
+    clip_spread_(spread, clip_factor, eps, norm_type, rule, counts)
     grads: list[Any] = [parameter.grad for parameter in whole]
-    ops.agc.agc_(list(map(local, whole)), list(map(local, grads)), clip_factor, eps, norm_type, rule, backend)
+    statistics = counts and list(map(counts, whole))
+    tensors = list(map(local, whole)), list(map(local, grads))
+    ops.agc.agc_(*tensors, clip_factor, eps, norm_type, rule, backend, statistics)
     torch.autograd.graph.increment_version([grad for grad in grads if is_sharded(grad)])
 
 
@@ -138,7 +171,14 @@ def _spread_over(parameter: Any, rule: str) -> list[int]:
 
 
 @torch.no_grad()
-def clip_spread_(parameters: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float, rule: str) -> None:
+def clip_spread_(
+    parameters: Sequence[Tensor],
+    clip_factor: float,
+    eps: float,
+    norm_type: float,
+    rule: str,
+    counts: Counts | None = None,
+) -> None:
     """Clips the gradients of DTensors, wherever their units are: one all-reduce per set of ranks and device.
 
     Norms are taken in float64. A pending sum is reduced once more, for its norm alone; scaling is linear, so its terms
@@ -151,11 +191,27 @@ def clip_spread_(parameters: Sequence[Tensor], clip_factor: float, eps: float, n
         norms = [torch.stack(_local_norms(parameter, norm_type, rule)) for parameter in tensors]
         weight_norms, grad_norms = torch.cat(_reduced(norms, tensors, norm_type, rule), dim=1)
         decision = reference.decide(weight_norms, grad_norms, clip_factor, eps)
-        factors = decision.factor.split([norm.shape[1] for norm in norms])
-        for parameter, factor in zip(tensors, factors, strict=True):
+        sizes = [norm.shape[1] for norm in norms]
+        of_parameter = map(reference.Decision, *(column.split(sizes) for column in decision))
+        for parameter, decided in zip(tensors, of_parameter, strict=True):
             if parameter.grad is not None:
-                local(parameter.grad).mul_(factor.view([-1, *[1] * (parameter.ndim - 1)][: parameter.ndim]))
-                torch.autograd.graph.increment_version(parameter.grad)
+                _scale_(parameter, decided.factor)
+                if counts is not None:
+                    reference.count_(counts(parameter), decided)
+
+
+def _scale_(parameter: Any, factors: Tensor) -> None:
+    """Multiplies the units of a gradient that this rank holds."""
+    local(parameter.grad).mul_(factors.view([-1, *[1] * (parameter.ndim - 1)][: parameter.ndim]))
+    torch.autograd.graph.increment_version(parameter.grad)
+
+
+def local_units(parameter: Tensor, rule: str) -> int:
+    """Units of which this rank holds something."""
+    held = local(parameter)
+    if reference.is_one_unit(parameter.shape, rule):  # the rule is for the whole tensor
+        return min(held.numel(), 1)
+    return held.shape[0] if held.numel() else 0
 
 
 def _local_norms(parameter: Any, norm_type: float, rule: str) -> tuple[Tensor, Tensor]:

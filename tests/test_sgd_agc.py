@@ -1,0 +1,411 @@
+"""The values of `sgd_agc_` on every backend and instruction set, against float64."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+from hypothesis import given
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .helpers import LAYOUTS, sized, threads
+from .sgd_agc_cases import (
+    KERNELS,
+    OPTIONS,
+    RULES,
+    Parameter,
+    assert_stepped,
+    assert_steps,
+    average_dtype,
+    bits,
+    expected_step,
+    random_parameter,
+    step,
+    step_groups,
+    using,
+)
+from .tolerances import assert_accurate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = [
+    *[(), (1,), (7,), (5, 1, 1, 1), (1, 1, 1, 1), (1, 64, 1, 1), (1, 6), (6, 1), (4, 33), (3, 5, 7), (2, 3, 5, 7)],
+    *[(2, 3, 2, 3, 2), (1, 3, 3, 3), (9, 1, 3, 1), (13, 301)],
+]
+# The options of a step that are not a matter of size, all together.
+SWITCHES = [
+    {"nesterov": False},
+    {"nesterov": False, "dampening": 0.25},
+    {"maximize": True},
+    {"clip_factor": None},
+    {"clip_factor": None, "maximize": True, "nesterov": False},
+    {"weight_decay": 0.0},
+    {"momentum": 0.0, "nesterov": False},
+    {"lr": 0.0},
+    {"ema_decay": 0.0},
+    {"ema_decay": 1.0},
+    {"clip_factor": 0.0},
+    {"clip_factor": 0.1, "eps": 30.0},
+    {"clip_factor": 1e3},
+]
+STEPS = 4
+
+
+@pytest.fixture(params=KERNELS)
+def backend(request) -> Iterator[str]:
+    with using(request.param) as name:
+        yield name
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["no states", "states"])
+@pytest.mark.parametrize("rule", RULES)
+def test_shapes(backend, rule, states):
+    parameters = [random_parameter(shape, states=states) for shape in SHAPES]
+    before = [p.weight.clone() for p in parameters]
+    assert_steps(backend, parameters, rule=rule)
+    assert not any(map(torch.equal, before, [p.weight for p in parameters]))
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 1023, 4608, 100_000])
+def test_unit_lengths(backend, length):
+    counts = (None, 1, sized(5, 2, backend))
+    assert_steps(backend, [random_parameter((length,) if count is None else (count, length)) for count in counts])
+
+
+@pytest.mark.parametrize("weight_dtype, grad_dtype", list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("states", [False, True], ids=["no states", "states"])
+def test_dtypes(backend, weight_dtype, grad_dtype, states):
+    shapes = (), (9,), (6, 1, 1, 1), (6, 35), (5, 8, 3, 3)
+    assert_steps(backend, [random_parameter(shape, weight_dtype, grad_dtype, states) for shape in shapes])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_results_are_rounded_once_and_to_nearest_even(backend, weight_dtype, grad_dtype):
+    """What is stored is exact in float32, and every second value lies halfway between two of 16 bits."""
+    ulp = torch.finfo(weight_dtype).eps
+    weight = torch.arange(1.0, 2.0, 2 * ulp)
+    p = Parameter(weight.to(weight_dtype), torch.full_like(weight, -ulp).to(grad_dtype), weight.to(weight_dtype))
+    options = {"lr": 0.5, "momentum": 1.0, "nesterov": False, "weight_decay": 0.0, "clip_factor": None}
+    step([p], backend, **options)
+    momentum = weight - ulp
+    assert torch.equal(p.momentum_buffer, momentum.to(weight_dtype))
+    assert torch.equal(p.weight, (weight - 0.5 * momentum).to(weight_dtype))
+
+
+@pytest.mark.parametrize("options", SWITCHES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_options(backend, options, dtype):
+    for states in (False, True):
+        assert_steps(backend, [random_parameter(shape, dtype, None, states) for shape in ((), (6, 35))], **options)
+
+
+@pytest.mark.parametrize("momentum, average", [(True, False), (False, True)])
+@pytest.mark.parametrize("clip_factor", [0.01, None])
+def test_a_state_alone(backend, momentum, average, clip_factor):
+    parameters = [random_parameter(shape) for shape in ((7,), (6, 35))]
+    for p in parameters:
+        p.momentum_buffer = p.momentum_buffer if momentum else None
+        p.average = p.average if average else None
+    assert_steps(backend, parameters, clip_factor=clip_factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_scalars_in_tensors(backend, shape, dtype):
+    scalars = {
+        "lr_tensor": torch.full(shape, 0.3, dtype=dtype),
+        "grad_scale": torch.full(shape, 1536.0, dtype=dtype),
+        "found_inf": torch.zeros(shape, dtype=dtype),
+    }
+    for name, value in scalars.items():
+        assert_steps(backend, [random_parameter(()), random_parameter((6, 35))], **{name: value})
+    assert_steps(backend, [random_parameter(()), random_parameter((6, 35))], **scalars)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("clip_factor", [0.01, None])
+def test_a_loss_scale_that_is_a_power_of_two_leaves_no_trace(backend, dtype, maximize, clip_factor):
+    p = random_parameter((5, 35), dtype)
+    p.grad *= 2.0**-3
+    scaled = p.clone()
+    scaled.grad *= 2.0**8
+    options = {"clip_factor": clip_factor, "maximize": maximize}
+    step([p], backend, **options)
+    step([scaled], backend, grad_scale=torch.tensor(2.0**8), **options)
+    for a, b in ((p.weight, scaled.weight), (p.momentum_buffer, scaled.momentum_buffer), (p.average, scaled.average)):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=" ".join)
+def test_layouts(backend, layouts):
+    """Of the weight, and of the other tensors in turn."""
+    of_weight, of_other = (LAYOUTS[layout] for layout in layouts)
+    for changed in (("grad",), ("momentum_buffer",), ("average",), ("grad", "momentum_buffer", "average")):
+        p = random_parameter((4, 3, 5, 2))
+        p.weight = of_weight(p.weight)
+        for name in ("grad", "momentum_buffer", "average"):
+            setattr(p, name, (of_other if name in changed else of_weight)(getattr(p, name)))
+        strides = [x.stride() for x in p.tensors()]
+        assert_steps(backend, [p])
+        assert [x.stride() for x in p.tensors()] == strides
+
+
+VIEWS = {
+    "transposed": lambda base: base[:60].view(10, 6).t(),
+    "every third row": lambda base: base[:180].view(18, 10)[::3],
+    "every fourth element": lambda base: base[:80:4],
+    "cropped": lambda base: base[:2000].view(4, 5, 10, 10)[:, 1:4, 2:5, 3:9],
+    "cropped channels_last": lambda base: base[:2000].view(4, 10, 10, 5).permute(0, 3, 1, 2)[:, :, 2:5],
+    "misaligned by one": lambda base: base[1:331].view(10, 33),
+    "misaligned by three, 1-d": lambda base: base[3:70],
+    "one row": lambda base: base[:300].view(10, 30)[7:8],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_surrounds_views_is_untouched(backend, view, dtype):
+    make = VIEWS[view]
+    memory = random_parameter((2000,), dtype)
+    inside = torch.zeros(2000, dtype=torch.bool)
+    make(inside).fill_(True)
+    before = memory.clone()
+    assert_steps(backend, [Parameter(*map(make, memory.tensors()))])
+    for now, then in zip(memory.tensors(), before.tensors(), strict=True):
+        assert torch.equal(now[~inside], then[~inside])
+        assert torch.equal(now[inside], then[inside]) == (now is memory.grad)
+
+
+def test_empty_tensors_and_empty_lists(backend):
+    step([], backend)
+    empty = [random_parameter(shape) for shape in ((0,), (0, 3), (3, 0), (2, 0, 1, 1))]
+    step(empty, backend)
+    assert_steps(backend, [*empty[:2], random_parameter((4, 6)), *empty[2:]])
+
+
+@pytest.mark.parametrize("tensor", ["weight", "grad", "momentum_buffer"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_in_its_unit(backend, tensor, value, dtype):
+    for shape in ((4, 35), (4, 2, 3, 3)):
+        p = random_parameter(shape, dtype)
+        getattr(p, tensor).view(4, -1)[1, -1] = value
+        assert_steps(backend, [p])
+        assert p.weight.view(4, -1).isfinite().all(dim=1).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("clip_factor", [0.01, None])
+def test_nan_in_a_gradient_makes_all_of_a_clipped_unit_nan_and_one_weight_of_an_unclipped_one(backend, clip_factor):
+    p = random_parameter((3, 35))
+    p.grad[1, 3] = math.nan
+    step([p], backend, clip_factor=clip_factor)
+    assert p.weight.isnan().sum(dim=1).tolist() == [0, 1 if clip_factor is None else 35, 0]
+
+
+@pytest.mark.parametrize("clip_factor", [0.01, None])
+@pytest.mark.parametrize("dtype, value", [(torch.float16, 4e3), (torch.float16, 6e4), (torch.bfloat16, 1e20),
+                                          (torch.float32, 1e20), (torch.float32, 1e30), (torch.float32, 1e38),
+                                          (torch.float64, 1e120)], ids=str)  # fmt: skip
+def test_norms_of_large_gradients_do_not_overflow(backend, dtype, value, clip_factor):
+    for shape in ((3, 16), (2, 4608), (600,)):
+        p = random_parameter(shape, dtype)
+        p.weight, p.momentum_buffer = torch.ones_like(p.weight), torch.zeros_like(p.weight)
+        p.grad = torch.full_like(p.grad, value)
+        # Of a group that is not clipped the step itself must be one that float32 holds.
+        lr = 0.5 if clip_factor is not None else 0.5 / value
+        assert_steps(backend, [p], lr=lr, clip_factor=clip_factor, nesterov=False)
+        assert (p.weight < 1).all(), "a large gradient became zero"
+
+
+@pytest.mark.parametrize("weight, grad", [(1e30, 1e38), (1e30, 1e-30), (1e-30, 1.0), (1e-30, 1e-30), (1e-22, 1e-25),
+                                          (1e-18, 1.0), (0.0, 1e-30), (1e-3, 3e38), (1e-20, 3e38)])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float32_that_does_not_hold_norms_or_factors_costs_no_digits(backend, weight, grad, dtype):
+    for shape in ((2, 35), (35,), (2, 1)):
+        p = random_parameter(shape, torch.float64)
+        p = Parameter(
+            (weight * p.weight).to(dtype), grad * p.grad / p.grad.abs().max(), torch.zeros(shape, dtype=dtype)
+        )
+        p.grad = p.grad.to(dtype)
+        assert_steps(backend, [p], eps=0.0, lr=0.5, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_weights_are_bounded_by_eps(backend, rule):
+    p = Parameter(torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(3, 4))
+    step([p], backend, rule=rule, clip_factor=0.5, eps=2.0**-4, lr=0.5, nesterov=False)
+    assert torch.equal(p.momentum_buffer, torch.full((3, 4), 2.0**-6))
+    assert torch.equal(p.weight, torch.full((3, 4), -(2.0**-7)))
+
+
+def test_decay_comes_after_clipping(backend):
+    """The authors' order: a norm of 1 is clipped to 1/2, and a quarter of the weight is added to that, unclipped."""
+    p = Parameter(torch.full((1, 4), 1.0), torch.full((1, 4), 8.0))
+    step([p], backend, clip_factor=0.5, weight_decay=0.25, lr=1.0, momentum=0.0, nesterov=False)
+    assert torch.equal(p.weight, torch.full((1, 4), 1.0 - 0.5 - 0.25))
+
+
+def test_the_norm_is_that_of_the_unscaled_gradient(backend):
+    p = Parameter(torch.ones(2, 4), torch.tensor([[2.0**8], [2.0**12]]).expand(2, 4).clone())
+    step([p], backend, grad_scale=torch.tensor(2.0**10), clip_factor=0.5, weight_decay=0.0, lr=1.0)
+    assert torch.equal(p.weight, torch.tensor([[0.75], [0.5]]).expand(2, 4))
+
+
+def test_the_average_is_of_the_weights_as_they_are_stored(backend):
+    """2^-9 is less than half an ulp of bfloat16's 1: the weight stays, and so does the average."""
+    p = Parameter(torch.ones(2, 4).bfloat16(), torch.full((2, 4), 2.0**-9), average=torch.ones(2, 4))
+    step([p], backend, clip_factor=None, weight_decay=0.0, lr=1.0, ema_decay=0.5)
+    assert torch.equal(p.average, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "dampening": 0.5, "maximize": True}], ids=str)
+def test_steps_are_those_of_timms_clipping_and_torchs_sgd(backend, dtype, options):
+    parameters = [random_parameter(shape, dtype) for shape in ((17,), (6, 35), (4, 3, 3, 3), (3, 1, 1, 1))]
+    for p in parameters:
+        p.momentum_buffer.zero_()
+        p.average.copy_(p.weight)
+    theirs = [nn.Parameter(p.weight.to(torch.float64, copy=True)) for p in parameters]
+    averages = [p.detach().clone() for p in theirs]
+    all_options = {**OPTIONS, **options}
+    names = "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
+    sgd = torch.optim.SGD(theirs, **{name: all_options[name] for name in names})
+    for i in range(STEPS):
+        for p, q in zip(parameters, theirs, strict=True):
+            p.grad = random_parameter(p.weight.shape, dtype).grad
+            q.grad = p.grad.to(torch.float64, copy=True)
+        adaptive_clip_grad(theirs, all_options["clip_factor"], all_options["eps"])
+        sgd.step()
+        get_ema_multi_avg_fn(OPTIONS["ema_decay"])(averages, [q.detach() for q in theirs], None)
+        step(parameters, backend, **{**options, "dampening": 0.0 if i == 0 else all_options["dampening"]})
+    for p, q, average in zip(parameters, theirs, averages, strict=True):
+        assert_accurate(p.weight, q.detach(), unit_length=35, ulps=2.0 * STEPS)
+        assert_accurate(p.momentum_buffer, sgd.state[q]["momentum_buffer"], unit_length=35, ulps=2.0 * STEPS)
+        assert_accurate(p.average, average, unit_length=35, ulps=2.0 * STEPS)
+
+
+@pytest.mark.parametrize("shape", [(), (17,), (7, 1, 1, 1), (1, 64, 1, 1), (10, 48), (4, 6, 3, 3)], ids=str)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_are_those_of_optax(backend, shape, nesterov):
+    """Which has units in the last axis: (O, I, ...) is its (..., I, O)."""
+
+    def theirs(x: Tensor) -> np.ndarray:
+        return (x.movedim((0, 1), (-1, -2)) if x.ndim >= 2 else x).numpy()
+
+    p = random_parameter(shape, torch.float64)
+    p.momentum_buffer.zero_()
+    decay, sgd = optax.add_decayed_weights(OPTIONS["weight_decay"]), optax.sgd(OPTIONS["lr"], 0.9, nesterov)
+    with jax.enable_x64(True):
+        weights = [theirs(p.weight.clone())]
+        rule = optax.chain(optax.adaptive_grad_clip(0.01, 1e-3), decay, sgd)
+        state = rule.init(weights)
+        for _ in range(STEPS):
+            p.grad = random_parameter(shape, torch.float64).grad
+            updates, state = rule.update([theirs(p.grad)], state, weights)
+            weights = optax.apply_updates(weights, updates)
+            step([p], backend, rule="deepmind", nesterov=nesterov)
+        expected = torch.tensor(np.asarray(weights[0]))
+    expected = expected.movedim((-1, -2), (0, 1)) if len(shape) >= 2 else expected
+    assert_accurate(p.weight, expected, unit_length=64, ulps=2.0 * STEPS)
+
+
+def many_groups() -> tuple[list[Parameter], list[int], list[dict]]:
+    """Parameters of all kinds, in turn of four groups that differ in everything."""
+    options = [
+        {},
+        {"clip_factor": None, "lr": 0.5},
+        {"nesterov": False, "maximize": True},
+        {"momentum": 0.0, "nesterov": False},
+    ]
+    shapes = (6, 35), (9,), (4, 3, 3, 3), (), (3, 0), (5, 1, 1, 1), (2, 300)
+    parameters = [random_parameter(shape, dtype) for shape in shapes for dtype in DTYPES]
+    groups = [i % 4 for i in range(len(parameters))]
+    for p, group in zip(parameters, groups, strict=True):
+        p.momentum_buffer = None if group == 3 else p.momentum_buffer
+        p.average = None if group == 1 else p.average
+    return parameters, groups, options
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_call_of_several_groups_gives_the_bits_of_a_call_for_each(kernel):
+    parameters, groups, options = many_groups()
+    apart = [p.clone() for p in parameters]
+    lrs = [None, torch.tensor(0.5), torch.tensor(0.25), None]
+    scale = torch.tensor(8.0)
+    with using(kernel) as backend:
+        expected = [
+            expected_step(p, lr_tensor=lrs[g], grad_scale=scale, **options[g])
+            for p, g in zip(parameters, groups, strict=True)
+        ]
+        before = [p.clone() for p in parameters]
+        step_groups(parameters, groups, options, backend, lrs=lrs, grad_scale=scale)
+        for i, of_group in enumerate(options):
+            members = [p for p, group in zip(apart, groups, strict=True) if group == i]
+            step(members, backend, lr_tensor=lrs[i], grad_scale=scale, **of_group)
+    for p, q, old, of_p in zip(parameters, apart, before, expected, strict=True):
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(p.tensors(), q.tensors(), strict=True))
+        assert_stepped(p, old, of_p, OPTIONS["ema_decay"])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_and_two_threads_give_the_same_bits(kernel):
+    units, length = sized(100, 10, kernel), sized(30_000, 10_000, kernel)
+    first = [random_parameter(shape, dtype) for shape in ((units, 300), (2, length), (length,)) for dtype in DTYPES[:2]]
+    results = []
+    for count in (1, 2, 2):
+        parameters = [p.clone() for p in first]
+        with threads(count), using(kernel) as backend:
+            step(parameters, backend)
+        results.append([x for p in parameters for x in p.tensors()])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@st.composite
+def parameters_of_any_layout(draw) -> Parameter:
+    """Any order of the axes, gaps and offset, each tensor its own; any dtypes, magnitudes and states."""
+    shape = draw(st.lists(st.integers(0, 5), max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor(dtype: torch.dtype, magnitude: float) -> Tensor:
+        steps = [draw(st.integers(1, 2)) for _ in shape]
+        order = draw(st.permutations(range(len(shape))))
+        dims, offset = [shape[axis] * steps[axis] for axis in order], draw(st.integers(0, 3))
+        memory = magnitude * torch.randn(math.prod(dims) + offset, generator=generator)
+        view = memory.to(dtype)[offset:].view(dims).permute([order.index(axis) for axis in range(len(shape))])
+        return view[tuple(slice(None, None, step) for step in steps)]
+
+    dtype, grad_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    weight = tensor(dtype, draw(st.sampled_from([0.0, 1e-2, 1.0, 1e2])))
+    grad = tensor(grad_dtype, 10.0 ** draw(st.integers(-4, 2)))
+    momentum = tensor(dtype, 1.0) if draw(st.booleans()) else None
+    return Parameter(weight, grad, momentum, tensor(average_dtype(dtype), 1.0) if draw(st.booleans()) else None)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(
+    p=parameters_of_any_layout(),
+    rule=st.sampled_from(RULES),
+    clip_factor=st.sampled_from([None, 0.0, 0.01, 1.0]),
+    eps=st.sampled_from([0.0, 1e-3, 1.0]),
+    switches=st.tuples(st.booleans(), st.booleans()),
+    numbers=st.fixed_dictionaries({
+        "lr": st.floats(1e-3, 2.0),
+        "momentum": st.floats(0.1, 1.0),
+        "weight_decay": st.sampled_from([0.0, 0.02, 1.0]),
+        "ema_decay": st.floats(0.0, 1.0),
+    }),
+    scale=st.sampled_from([None, 0.5, 3.0, 65536.0]),
+)  # fmt: skip
+def test_any_strides_dtypes_states_and_options(kernel, p, rule, clip_factor, eps, switches, numbers, scale):
+    options = {"rule": rule, "clip_factor": clip_factor, "eps": eps, "nesterov": switches[0], "maximize": switches[1]}
+    with using(kernel) as backend:
+        assert_steps(backend, [p], grad_scale=None if scale is None else torch.tensor(scale), **options, **numbers)
