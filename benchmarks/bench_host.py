@@ -39,7 +39,7 @@ def run(session: Session) -> None:
 
 def compare_calls(session: Session, backend: str, timed: str, launches: Callable[[], int] | None) -> None:
     """All comparisons; `launches` counts those of a stub."""
-    for calls, grads in session.track(list(product((clip_planned, clip), ("same", "new"))), BENCH):
+    for calls, grads in session.track(list(product((clip_planned, clip, step), ("same", "new"))), BENCH):
         session.compare(calls(session, backend, f"{grads} gradients; {timed}", grads == "new", launches))
     session.compare(standardize(session, backend, timed, launches))
 
@@ -121,6 +121,22 @@ def clip(session: Session, backend: str, case: str, new: bool, launches: Callabl
     clipping = Clipping(session, new)
     ours = partial(nfk.agc_, clipping.params, CLIP_FACTOR, EPS, backend=backend)
     return clipping_comparison(session, clipping, "agc_", ours, backend, case, launches)
+
+
+def step(session: Session, backend: str, case: str, new: bool, launches: Callable[[], int] | None) -> Comparison:
+    """`SGD_AGC.step` of two parameter groups, which keeps what it collected."""
+    clipping = Clipping(session, new)
+    halves = [{"params": clipping.params[::2]}, {"params": clipping.params[1::2], "weight_decay": 0.0}]
+    optimizer = nfk.optim.SGD_AGC(halves, lr=0.0, clip_factor=CLIP_FACTOR, eps=EPS, backend=backend)
+    check = one_launch(launches) if launches else lambda name, value: None
+    return Comparison(
+        bench=BENCH,
+        case=f"SGD_AGC.step of {len(clipping.params)} parameters, {case}",
+        contestants=[Contestant("SGD_AGC.step", optimizer.step, "ours", ["sgd_agc"], backend=backend)],
+        check=check,
+        setup=clipping.restore,
+        on_host=True,
+    )
 
 
 def clipping_comparison(

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import backend, deployment, diagnostics, functional, integrations, models, modules, optim
+from . import backend, deployment, diagnostics, functional, integrations, models, modules, optim, sharded
 from .functional import agc_
 from .modules import (
     BatchedWeightStandardization,
@@ -49,4 +49,5 @@ __all__ = [
     "models",
     "modules",
     "optim",
+    "sharded",
 ]

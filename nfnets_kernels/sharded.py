@@ -188,7 +188,7 @@ def clip_spread_(
     for parameter in parameters:
         by_device.setdefault(parameter.device, []).append(parameter)
     for tensors in by_device.values():
-        norms = [torch.stack(_local_norms(parameter, norm_type, rule)) for parameter in tensors]
+        norms = list(map(torch.stack, zip(*_local_norms(tensors, norm_type, rule), strict=True)))
         weight_norms, grad_norms = torch.cat(_reduced(norms, tensors, norm_type, rule), dim=1)
         decision = reference.decide(weight_norms, grad_norms, clip_factor, eps)
         sizes = [norm.shape[1] for norm in norms]
@@ -207,31 +207,38 @@ def _scale_(parameter: Any, factors: Tensor) -> None:
 
 
 def local_units(parameter: Tensor, rule: str) -> int:
-    """Units of which this rank holds something."""
-    held = local(parameter)
-    if reference.is_one_unit(parameter.shape, rule):  # the rule is for the whole tensor
-        return min(held.numel(), 1)
-    return held.shape[0] if held.numel() else 0
+    """Units that this rank decides on."""
+    if reference.is_one_unit(parameter.shape, rule):  # the rule is for the whole tensor: a shard may look like a vector
+        return min(parameter.numel(), 1)
+    return local(parameter).shape[0]
 
 
-def _local_norms(parameter: Any, norm_type: float, rule: str) -> tuple[Tensor, Tensor]:
-    """Norms (units,) of what this rank holds of each unit of parameter and gradient, 0 for what it does not hold."""
-    grad = parameter.grad
-    if grad is not None and grad.placements != parameter.placements:
-        grad = grad.redistribute(placements=parameter.placements)
-    weight = local(parameter)
-    # The rule is for the whole tensor: a shard may look like a vector where that is none.
-    one_unit = reference.is_one_unit(parameter.shape, rule)
-    units = 1 if one_unit else len(weight)
-    zero = torch.zeros(units, dtype=torch.float64, device=weight.device)
-    if weight.numel() == 0:  # of which there is no maximum
-        return zero, zero
-    dims = None if one_unit else tuple(range(1, weight.ndim))
+def _local_norms(parameters: Sequence[Any], norm_type: float, rule: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Norms (units,) of what this rank holds of each unit of parameters and gradients, 0 for what it does not hold."""
+    grads: list[Any] = []
+    for parameter in parameters:
+        grad = parameter.grad
+        pending = grad is not None and grad.placements != parameter.placements
+        grads.append(grad.redistribute(placements=parameter.placements) if pending else grad)
+    units = [local_units(parameter, rule) for parameter in parameters]
+    one_unit = [reference.is_one_unit(parameter.shape, rule) for parameter in parameters]
 
-    def norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, norm_type, dim=dims, dtype=torch.float64).view(units)
+    def norms_of(tensors: Sequence[Any]) -> list[Tensor]:
+        held = [None if x is None or local(x).numel() == 0 else local(x) for x in tensors]
+        vectors = [x for x, is_one in zip(held, one_unit, strict=True) if is_one and x is not None]
+        of_vectors = iter(torch._foreach_norm(vectors, norm_type, dtype=torch.float64) if vectors else ())
+        norms = []
+        for x, count, is_one in zip(held, units, one_unit, strict=True):
+            if x is None:
+                norm = torch.zeros(count, dtype=torch.float64, device=parameters[0].device)
+            elif is_one:
+                norm = next(of_vectors).view(1)
+            else:
+                norm = torch.linalg.vector_norm(x, norm_type, dim=tuple(range(1, x.ndim)), dtype=torch.float64)
+            norms.append(norm)
+        return norms
 
-    return norm(weight), zero if grad is None else norm(local(grad))
+    return norms_of(parameters), norms_of(grads)
 
 
 def _reduced(norms: Sequence[Tensor], parameters: Sequence[Any], norm_type: float, rule: str) -> list[Tensor]:

@@ -12,7 +12,10 @@ import pytest
 from . import emulator
 
 ROOT = Path(__file__).parents[1]
-OP_TESTS = ["test_agc", "test_agc_contract", "test_agc_oracles", "test_weight_standardize", "test_optim_agc"]
+OP_TESTS = [
+    *["test_agc", "test_agc_contract", "test_agc_oracles", "test_optim_agc"],
+    *["test_sgd_agc", "test_sgd_agc_contract", "test_sgd_agc_oracles", "test_weight_standardize"],
+]
 LAUNCH_FAILURE = 719
 
 

@@ -142,7 +142,8 @@ def set_option(name: str, value: Any) -> Callable[[nn.Module, Optimizer], None]:
 CHANGES = {
     "frozen and unfrozen": (freeze, unfreeze),
     "gradients kept in place": (zero_gradients_in_place, other_memory),
-    "memory format": (channels_last, contiguous),
+    "memory format": (channels_last, channels_last),
+    "memory format and back": (channels_last, contiguous),
     "memory": (other_memory, other_memory),
     "load_state_dict of the model": (load_weights, load_weights),
     "load_state_dict": (load_state, load_state),
@@ -255,6 +256,21 @@ def test_a_state_of_sgd_without_momentum_buffers_is_loaded():
     train(model, optimizer)
     train(twin, oracle)
     assert_same_parameters(model, twin, **TOLERANCE)
+
+
+def test_what_holds_for_all_groups_stays_as_it_was_given():
+    """And a capturable optimizer's lr a tensor, whatever SGD has saved."""
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), 0.25, momentum=0.9)
+    optimizer = SGD_AGC(model.parameters(), LR, capturable=True, rule="deepmind", backend="reference")
+    optimizer.load_state_dict(sgd.state_dict())
+    assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
+    assert float(optimizer.param_groups[0]["lr"]) == 0.25
+    optimizer.load_state_dict(SGD_AGC(model.parameters(), LR, rule="timm", statistics=True).state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["rule"], group["backend"], group["statistics"]) == ("deepmind", "reference", False)
+    with pytest.raises(ValueError, match="rule must be 'deepmind' as in all groups, got 'timm'"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "rule": "timm"})
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"capturable": True}, {"dampening": 0.2}], ids=str)

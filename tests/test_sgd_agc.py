@@ -5,15 +5,10 @@ import math
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
-import jax
-import numpy as np
-import optax
 import pytest
 import torch
 from hypothesis import given
-from timm.utils.agc import adaptive_clip_grad
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 from .helpers import LAYOUTS, sized, threads
 from .sgd_agc_cases import (
@@ -31,7 +26,6 @@ from .sgd_agc_cases import (
     step_groups,
     using,
 )
-from .tolerances import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [
@@ -54,7 +48,6 @@ SWITCHES = [
     {"clip_factor": 0.1, "eps": 30.0},
     {"clip_factor": 1e3},
 ]
-STEPS = 4
 
 
 @pytest.fixture(params=KERNELS)
@@ -74,8 +67,7 @@ def test_shapes(backend, rule, states):
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 1023, 4608, 100_000])
 def test_unit_lengths(backend, length):
-    counts = (None, 1, sized(5, 2, backend))
-    assert_steps(backend, [random_parameter((length,) if count is None else (count, length)) for count in counts])
+    assert_steps(backend, [random_parameter((length,)), random_parameter((sized(5, 2, backend), length))])
 
 
 @pytest.mark.parametrize("weight_dtype, grad_dtype", list(itertools.product(DTYPES, DTYPES)), ids=str)
@@ -146,16 +138,15 @@ def test_a_loss_scale_that_is_a_power_of_two_leaves_no_trace(backend, dtype, max
 
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=" ".join)
 def test_layouts(backend, layouts):
-    """Of the weight, and of the other tensors in turn."""
+    """Of the weight, and of some of the other tensors."""
     of_weight, of_other = (LAYOUTS[layout] for layout in layouts)
-    for changed in (("grad",), ("momentum_buffer",), ("average",), ("grad", "momentum_buffer", "average")):
-        p = random_parameter((4, 3, 5, 2))
-        p.weight = of_weight(p.weight)
-        for name in ("grad", "momentum_buffer", "average"):
-            setattr(p, name, (of_other if name in changed else of_weight)(getattr(p, name)))
-        strides = [x.stride() for x in p.tensors()]
-        assert_steps(backend, [p])
-        assert [x.stride() for x in p.tensors()] == strides
+    parameters = [random_parameter((4, 3, 5, 2)) for _ in range(3)]
+    for p, others in zip(parameters, (("grad",), ("momentum_buffer",), ("grad", "average")), strict=True):
+        for name in ("weight", "grad", "momentum_buffer", "average"):
+            setattr(p, name, (of_other if name in others else of_weight)(getattr(p, name)))
+    strides = [x.stride() for p in parameters for x in p.tensors()]
+    assert_steps(backend, parameters)
+    assert [x.stride() for p in parameters for x in p.tensors()] == strides
 
 
 VIEWS = {
@@ -215,7 +206,7 @@ def test_nan_in_a_gradient_makes_all_of_a_clipped_unit_nan_and_one_weight_of_an_
                                           (torch.float32, 1e20), (torch.float32, 1e30), (torch.float32, 1e38),
                                           (torch.float64, 1e120)], ids=str)  # fmt: skip
 def test_norms_of_large_gradients_do_not_overflow(backend, dtype, value, clip_factor):
-    for shape in ((3, 16), (2, 4608), (600,)):
+    for shape in ((3, 16), (2, 1024), (600,)):
         p = random_parameter(shape, dtype)
         p.weight, p.momentum_buffer = torch.ones_like(p.weight), torch.zeros_like(p.weight)
         p.grad = torch.full_like(p.grad, value)
@@ -264,57 +255,6 @@ def test_the_average_is_of_the_weights_as_they_are_stored(backend):
     p = Parameter(torch.ones(2, 4).bfloat16(), torch.full((2, 4), 2.0**-9), average=torch.ones(2, 4))
     step([p], backend, clip_factor=None, weight_decay=0.0, lr=1.0, ema_decay=0.5)
     assert torch.equal(p.average, torch.ones(2, 4))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"nesterov": False, "dampening": 0.5, "maximize": True}], ids=str)
-def test_steps_are_those_of_timms_clipping_and_torchs_sgd(backend, dtype, options):
-    parameters = [random_parameter(shape, dtype) for shape in ((17,), (6, 35), (4, 3, 3, 3), (3, 1, 1, 1))]
-    for p in parameters:
-        p.momentum_buffer.zero_()
-        p.average.copy_(p.weight)
-    theirs = [nn.Parameter(p.weight.to(torch.float64, copy=True)) for p in parameters]
-    averages = [p.detach().clone() for p in theirs]
-    all_options = {**OPTIONS, **options}
-    names = "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
-    sgd = torch.optim.SGD(theirs, **{name: all_options[name] for name in names})
-    for i in range(STEPS):
-        for p, q in zip(parameters, theirs, strict=True):
-            p.grad = random_parameter(p.weight.shape, dtype).grad
-            q.grad = p.grad.to(torch.float64, copy=True)
-        adaptive_clip_grad(theirs, all_options["clip_factor"], all_options["eps"])
-        sgd.step()
-        get_ema_multi_avg_fn(OPTIONS["ema_decay"])(averages, [q.detach() for q in theirs], None)
-        step(parameters, backend, **{**options, "dampening": 0.0 if i == 0 else all_options["dampening"]})
-    for p, q, average in zip(parameters, theirs, averages, strict=True):
-        assert_accurate(p.weight, q.detach(), unit_length=35, ulps=2.0 * STEPS)
-        assert_accurate(p.momentum_buffer, sgd.state[q]["momentum_buffer"], unit_length=35, ulps=2.0 * STEPS)
-        assert_accurate(p.average, average, unit_length=35, ulps=2.0 * STEPS)
-
-
-@pytest.mark.parametrize("shape", [(), (17,), (7, 1, 1, 1), (1, 64, 1, 1), (10, 48), (4, 6, 3, 3)], ids=str)
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_steps_are_those_of_optax(backend, shape, nesterov):
-    """Which has units in the last axis: (O, I, ...) is its (..., I, O)."""
-
-    def theirs(x: Tensor) -> np.ndarray:
-        return (x.movedim((0, 1), (-1, -2)) if x.ndim >= 2 else x).numpy()
-
-    p = random_parameter(shape, torch.float64)
-    p.momentum_buffer.zero_()
-    decay, sgd = optax.add_decayed_weights(OPTIONS["weight_decay"]), optax.sgd(OPTIONS["lr"], 0.9, nesterov)
-    with jax.enable_x64(True):
-        weights = [theirs(p.weight.clone())]
-        rule = optax.chain(optax.adaptive_grad_clip(0.01, 1e-3), decay, sgd)
-        state = rule.init(weights)
-        for _ in range(STEPS):
-            p.grad = random_parameter(shape, torch.float64).grad
-            updates, state = rule.update([theirs(p.grad)], state, weights)
-            weights = optax.apply_updates(weights, updates)
-            step([p], backend, rule="deepmind", nesterov=nesterov)
-        expected = torch.tensor(np.asarray(weights[0]))
-    expected = expected.movedim((-1, -2), (0, 1)) if len(shape) >= 2 else expected
-    assert_accurate(p.weight, expected, unit_length=64, ulps=2.0 * STEPS)
 
 
 def many_groups() -> tuple[list[Parameter], list[int], list[dict]]:

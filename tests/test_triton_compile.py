@@ -104,7 +104,8 @@ def test_aligned_tensors_are_accessed_by_16_bytes(launches, name):
 def test_misaligned_tensors_are_read_element_by_element(launches, name):
     of_name = [launch for launch in launched(launches, f"{name}, {MISALIGNED}") if misaligned(launch, 0)]
     assert of_name
-    assert_none([launch for launch in of_name if misaligned(launch, 2 if "bfloat16" in name else 4)])
+    most = 2 if "bfloat16" in name and name != "sgd_agc bfloat16" else 4  # the averages of bfloat16 are float32
+    assert_none([launch for launch in of_name if misaligned(launch, most)])
 
 
 @pytest.mark.parametrize("case", CASES)

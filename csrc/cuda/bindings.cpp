@@ -50,7 +50,7 @@ void weight_standardize(const std::vector<std::array<int64_t, 12>>& rows, const 
 
 PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
-  py::module_::import("nfnets_kernels._C");  // has the classes of agc's arguments
+  py::module_::import("nfnets_kernels._C");  // has the classes of agc's and sgd_agc's arguments
   m.def("agc", &agc, release_gil());
   m.def("sgd_agc", &sgd_agc, release_gil());
   m.def("weight_standardize", &weight_standardize, release_gil());

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from ..reference import sgd_agc as reference
 from ..reference.sgd_agc import Hyperparameters, Scalars
 from .agc import RULES, address, check_gradient, overlaps, unit_count
 from .library import aligned, check_choice, check_float, define, queue, same_order, unit_dense
-from .snapshot import is_plain, snapshot_of
+from .snapshot import is_plain, same_objects, snapshot_of
 
 
 class Tensors(NamedTuple):
@@ -280,20 +279,20 @@ class Repeat(NamedTuple):
     def step_(
         self,
         parameters: list[Tensor],
-        states_now: Callable[[], Sequence[Tensor | None]],
+        states: Sequence[Tensor | None],
         call: Call,
         rule: str,
         backend: str,
     ) -> bool:
         """`step_` without checks of the tensors; False, with nothing done, where something has changed.
 
-        `states_now` tells the momentum buffers and averages that there are now, in the order of `states`.
+        `states` are the momentum buffers and averages that there are now, in the order of the repeat's.
         """
         table = self.table
         if rule != table.rule or backends.serving("sgd_agc", table.device.type, backend) != table.backend:
             return False
         found = self.snapshot.gradients(parameters)
-        if found is None or not self._has(states_now()):
+        if found is None or not self._has(states):
             return False
         backends.record("sgd_agc", table.backend)
         table.step_(found[1], call.on(table.device))
@@ -302,11 +301,7 @@ class Repeat(NamedTuple):
 
     def _has(self, states: Sequence[Tensor | None]) -> bool:
         """Whether these are the states that the table tells of, where they were."""
-        return (
-            len(states) == len(self.states)
-            and all(map(operator.is_, states, self.states))
-            and list(map(address, states)) == self.addresses
-        )
+        return same_objects(states, self.states) and list(map(Tensor.data_ptr, self.states)) == self.addresses
 
 
 def repeat_for(parameters: list[Tensor], tensors: Tensors, rule: str, backend: str) -> Repeat | None:

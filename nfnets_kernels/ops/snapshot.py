@@ -1,7 +1,7 @@
 """What a training loop reuses from step to step: how parameters and gradients lay, and whether they still do."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from .. import backend as backends
 from .library import is_unit_dense
+
+
+def same_objects(a: Collection[Any], b: Collection[Any]) -> bool:
+    """Whether both hold the very same objects in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _layout(tensor: Tensor | None) -> Any:
@@ -38,7 +43,7 @@ class Snapshot:
         Memory alone says little: a parameter that was given other data may lie where it lay, in a view of the old, or
         in memory that was freed and given out again.
         """
-        if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
+        if not same_objects(parameters, self._parameters):
             return None
         grads = [parameter.grad for parameter in parameters]
         if list(map(_layout, grads)) != self._grad_layouts or self._state_of_those_with_gradient() != self._state:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sharded import reject_flat_parameters
+from ..sharded import local, reject_flat_parameters
 from .agc import AGC
 
 
@@ -85,7 +85,7 @@ class AGCOptimizer(AGC, Optimizer):
         scale, found_inf = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
         if scale is not None:
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(grads, scale)
+            torch._foreach_div_(list(map(local, grads)), scale)
         if found_inf is not None and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             if found_inf:  # waits for the device: such an optimizer steps or does not, as the host says
                 return None

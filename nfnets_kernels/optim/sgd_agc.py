@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import ops
-from ..ops.library import check_choice
+from ..ops.library import check_choice, is_unit_dense, same_order
 from ..ops.sgd_agc import Call
+from ..ops.snapshot import same_objects
 from ..sharded import clip_spread_, is_sharded, local, reject_flat_parameters, split
 from .agc_optimizer import named_parameters
 from .sgd_agc_plan import Memory, Plan, hyperparameters
 from .statistics import ClippingStatistics, UnitCounts
+
+_OF_ALL_GROUPS = ("rule", "backend", "statistics")
 
 
 class SGD_AGC(Optimizer):
@@ -115,6 +118,9 @@ class SGD_AGC(Optimizer):
             raise
 
     def _prepare_group(self, group: dict[str, Any]) -> None:
+        for name in _OF_ALL_GROUPS:
+            if group[name] != self.defaults[name]:
+                raise ValueError(f"{name} must be {self.defaults[name]!r} as in all groups, got {group[name]!r}")
         lr = group["lr"]
         if not isinstance(lr, (Tensor, Real)):
             raise TypeError(f"lr must be a number or a tensor, got {type(lr).__name__}")
@@ -147,13 +153,10 @@ class SGD_AGC(Optimizer):
         memory: Memory | None = self.__dict__.get("_memory")
         if memory is None or memory.kinds != self._kinds():
             return False
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-
-        def states_now() -> list[Tensor | None]:
-            return [self.state[parameter].get(key) for parameter, key in memory.state_keys]
-
+        if not same_objects(memory.of_parameters, self.state.values()):
+            return False
         options = self.defaults["rule"], self.defaults["backend"]
-        return memory.repeat.step_(parameters, states_now, self._call(), *options)
+        return memory.repeat.step_(self._parameters(), memory.states_now(), self._call(), *options)
 
     def _step_checked(self) -> None:
         """A step that takes nothing for granted, and leaves what serves the next ones."""
@@ -175,7 +178,7 @@ class SGD_AGC(Optimizer):
         ops.sgd_agc.step_(plan.tensors, plan.call, rule, backend)
         if not plan.has_variants:
             repeat = ops.sgd_agc.repeat_for(self._parameters(), plan.tensors, rule, backend)
-            self._memory = repeat and Memory(repeat, self._kinds(), plan.state_keys())
+            self._memory = repeat and Memory(repeat, self._kinds(), *plan.states_in(self.state))
 
     def _step_traced(self) -> None:
         """A step under torch.compile: an op per group."""
@@ -225,8 +228,8 @@ class SGD_AGC(Optimizer):
         if state is None:
             source = torch.zeros_like(parameter) if key == "momentum_buffer" else parameter.detach().clone()
             states[key] = source.to(dtype)
-        elif state.dtype != dtype or state.device != parameter.device:
-            states[key] = state.to(parameter.device, dtype)
+        elif (state.dtype, state.device) != (dtype, parameter.device) or not _lies_as(state, parameter):
+            states[key] = torch.empty_like(parameter, dtype=dtype).copy_(state)
         return states[key]
 
     def _parameters(self) -> list[Tensor]:
@@ -323,13 +326,16 @@ class SGD_AGC(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; also what a `torch.optim.SGD` has saved.
 
-        Of a group, options that were not saved (a clip_factor, by SGD) stay as they are.
+        Of a group, options that were not saved (a clip_factor, by SGD) stay as they are; so do rule, backend and
+        statistics.
         """
         kept = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, kept, strict=True):
             for key, value in before.items():
                 group.setdefault(key, value)
+            group.update({key: self.defaults[key] for key in _OF_ALL_GROUPS})
+            self._prepare_group(group)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(saved, self._parameters(), strict=True):
             average = state_dict["state"].get(index, {}).get("ema")
@@ -339,6 +345,11 @@ class SGD_AGC(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._memory = None
         super().__setstate__(state)
+
+
+def _lies_as(state: Tensor, parameter: Tensor) -> bool:
+    """Whether a kernel takes both as they lie, as far as the state can be blamed."""
+    return same_order(state, parameter) or not is_unit_dense(parameter)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

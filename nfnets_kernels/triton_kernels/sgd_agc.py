@@ -3,6 +3,7 @@
 Clip, decay, momentum, update and average of a unit in one pass; csrc/kernels/sgd_agc.h is the same for one unit.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -232,6 +233,10 @@ def step_parts_kernel(
                 )
 
 
+def _subset(column: Sequence[Any], members: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(column[i] for i in members)
+
+
 def sgd_agc(
     weights: Sequence[int],
     grads: Sequence[int],
@@ -268,11 +273,12 @@ def sgd_agc(
         group, has_momentum, has_average = key
         config = configs[group]
         clips = config.clip_factor is not None
-        addresses = [[of_all[i] for i in members] for of_all in (weights, grads, momenta, averages, statistics)]
-        units = [(counts[i], lengths[i]) if clips else (counts[i] * lengths[i], 1) for i in members]
-        dtypes = [(weight_dtypes[i], grad_dtypes[i]) for i in members]
-        of_tensors = (*zip(*units, strict=True), *zip(*dtypes, strict=True))
-        structure = Structure(*of_tensors, misaligned(*addresses[:4]), _POINTERS.value, key)
+        addresses = [_subset(column, members) for column in (weights, grads, momenta, averages, statistics)]
+        units = _subset(counts, members), _subset(lengths, members)
+        if not clips:  # every element is a unit
+            units = tuple(map(operator.mul, *units)), (1,) * len(members)
+        dtypes = _subset(weight_dtypes, members), _subset(grad_dtypes, members)
+        structure = Structure(*units, *dtypes, misaligned(*addresses[:4]), _POINTERS.value, key)
         table_for(Plan, structure, device).launch(
             step_kernel,
             step_parts_kernel,
