@@ -98,7 +98,7 @@ def plot_trainings(results: Results, path: Path) -> None:
         axes.set_xticks(list(results.trained()))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_ylabel("test accuracy, %")
-    panels[0].legend(frameon=False, loc="lower left")
+    panels[0].legend(frameon=False, loc="center right")
     figure.savefig(path)
     plt.close(figure)
 

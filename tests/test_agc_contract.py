@@ -268,3 +268,16 @@ def test_compiles_into_one_graph(compiler):
             doubled = compiled(parameters)
             assert torch.equal(doubled, copies[0].grad * 2)
             assert all(torch.equal(p.grad, copy.grad) for p, copy in zip(parameters, copies, strict=True))
+
+
+@pytest.mark.parametrize("counts, message", [
+    (torch.zeros(2, 3), r"must be \(3, 3\).*got \(2, 3\)"),
+    (torch.zeros(3, 2), r"got \(3, 2\)"),
+    (torch.zeros(3, 3, dtype=torch.float64), "float64"),
+    (torch.zeros(3, 3).t(), r"contiguous.*strides \(1, 3\)"),
+], ids=["units", "columns", "dtype", "strides"])  # fmt: skip
+def test_counts_that_kernels_would_write_beyond_are_refused(backend, counts, message):
+    weights, grads = [torch.ones(3, 4)] * 2, [torch.full((3, 4), 7.0) for _ in range(2)]
+    with pytest.raises(ValueError, match=rf"statistics\[1\] .*{message}"):
+        op(weights, grads, 0.01, 1e-3, 2.0, "timm", backend, [torch.zeros(3, 3), counts])
+    assert (grads[0] == 7.0).all()

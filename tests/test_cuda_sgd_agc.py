@@ -221,6 +221,17 @@ def test_blocks_hold_units_as_long_as_they_are(cuda, dtype, shapes):
         assert (cuda.emulator_last_grid(), cuda.emulator_last_block()) == (3, 128), shape
 
 
+@pytest.mark.parametrize(
+    "moved, blocks", [([], 2), (["weight"], 8), (["grad", "momentum_buffer", "average"], 2)], ids=str
+)
+def test_units_need_room_for_what_precedes_a_misaligned_weight(cuda, moved, blocks):
+    (p,) = parameters_of([(8, 1152)])
+    for name in moved:
+        setattr(p, name, offset(getattr(p, name)))
+    step_groups([p], [0], [CLIPPED], "cuda")
+    assert cuda.emulator_last_grid() == blocks
+
+
 def test_a_failed_launch_names_op_grid_and_device(cuda):
     (p,) = parameters_of([(3, 2000)])
     before = p.clone()

@@ -143,7 +143,8 @@ def test_a_step_does_not_wait_for_the_device(name, spoil):
 @pytest.mark.parametrize("make", [
     lambda model: SGD_AGC(model.parameters(), LR, statistics=True, ema_decay=0.9),
     lambda model: AGC(torch.optim.SGD(model.parameters(), LR, momentum=0.9), statistics=True),
-], ids=["SGD_AGC", "AGC"])  # fmt: skip
+    lambda model: AGC(torch.optim.SGD(model.parameters(), LR, momentum=0.9, fused=True), statistics=True),
+], ids=["SGD_AGC", "AGC", "AGC of fused"])  # fmt: skip
 def test_skipped_steps_are_not_counted(make):
     model = net(torch.float32)
     optimizer, amp = make(model), scaler()

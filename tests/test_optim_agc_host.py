@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import nfnets_kernels as nfk
 from nfnets_kernels import AGC
-from nfnets_kernels.ops.agc import snapshot_of
+from nfnets_kernels.ops.snapshot import snapshot_of
 
 from .agc_cases import Net, assert_clips_as_agc_does, loss, parameter, random_pair, without_exchange_api
 
@@ -47,7 +47,7 @@ def parameters_with_gradients() -> list[nn.Parameter]:
 
 def test_it_is_of_the_kind_that_torch_allows(kind):
     module = type(snapshot_of(parameters_with_gradients())).__module__
-    assert module == {"Python": "nfnets_kernels.ops.agc", "compiled": "nfnets_kernels._C"}[kind]
+    assert module == {"Python": "nfnets_kernels.ops.snapshot", "compiled": "nfnets_kernels._C"}[kind]
 
 
 def test_it_gives_the_gradients_and_where_they_lie():
@@ -299,9 +299,9 @@ def test_of_a_newer_api_the_version_that_is_known_is_used(monkeypatch):
     unknown = Header(2, 0, None)
     for api, module in [
         (capsule_of(known), "nfnets_kernels._C"),
-        (capsule_of(unknown), "nfnets_kernels.ops.agc"),
-        (capsule_of(known, b"another_api"), "nfnets_kernels.ops.agc"),
-        (3, "nfnets_kernels.ops.agc"),
+        (capsule_of(unknown), "nfnets_kernels.ops.snapshot"),
+        (capsule_of(known, b"another_api"), "nfnets_kernels.ops.snapshot"),
+        (3, "nfnets_kernels.ops.snapshot"),
     ]:
         monkeypatch.setattr(Tensor, API, api)
         snapshot = snapshot_of(parameters)

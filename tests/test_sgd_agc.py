@@ -70,11 +70,11 @@ def test_unit_lengths(backend, length):
     assert_steps(backend, [random_parameter((length,)), random_parameter((sized(5, 2, backend), length))])
 
 
-@pytest.mark.parametrize("weight_dtype, grad_dtype", list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("states", [False, True], ids=["no states", "states"])
-def test_dtypes(backend, weight_dtype, grad_dtype, states):
-    shapes = (), (9,), (6, 1, 1, 1), (6, 35), (5, 8, 3, 3)
-    assert_steps(backend, [random_parameter(shape, weight_dtype, grad_dtype, states) for shape in shapes])
+def test_dtypes(backend, dtype, states):
+    of_each = itertools.product(((9,), (6, 1, 1, 1), (6, 35), (3, 8, 3, 3)), DTYPES)
+    assert_steps(backend, [random_parameter(shape, dtype, grad_dtype, states) for shape, grad_dtype in of_each])
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -92,10 +92,10 @@ def test_results_are_rounded_once_and_to_nearest_even(backend, weight_dtype, gra
 
 
 @pytest.mark.parametrize("options", SWITCHES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_options(backend, options, dtype):
-    for states in (False, True):
-        assert_steps(backend, [random_parameter(shape, dtype, None, states) for shape in ((), (6, 35))], **options)
+@pytest.mark.parametrize("states", [False, True], ids=["no states", "states"])
+def test_options(backend, options, states):
+    of_each = itertools.product(((), (6, 35)), DTYPES)
+    assert_steps(backend, [random_parameter(shape, dtype, None, states) for shape, dtype in of_each], **options)
 
 
 @pytest.mark.parametrize("momentum, average", [(True, False), (False, True)])
@@ -136,14 +136,16 @@ def test_a_loss_scale_that_is_a_power_of_two_leaves_no_trace(backend, dtype, max
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=" ".join)
-def test_layouts(backend, layouts):
-    """Of the weight, and of some of the other tensors."""
-    of_weight, of_other = (LAYOUTS[layout] for layout in layouts)
-    parameters = [random_parameter((4, 3, 5, 2)) for _ in range(3)]
-    for p, others in zip(parameters, (("grad",), ("momentum_buffer",), ("grad", "average")), strict=True):
-        for name in ("weight", "grad", "momentum_buffer", "average"):
-            setattr(p, name, (of_other if name in others else of_weight)(getattr(p, name)))
+@pytest.mark.parametrize("of_weight", LAYOUTS)
+def test_layouts(backend, of_weight):
+    """Each of the weight's, with any of some of the other tensors."""
+    parameters = []
+    for of_others, others in itertools.product(LAYOUTS, (("grad",), ("momentum_buffer",), ("grad", "average"))):
+        p = random_parameter((4, 3, 5, 2))
+        for name, x in vars(p.clone()).items():
+            if x is not None:
+                setattr(p, name, LAYOUTS[of_others if name in others else of_weight](x))
+        parameters.append(p)
     strides = [x.stride() for p in parameters for x in p.tensors()]
     assert_steps(backend, parameters)
     assert [x.stride() for p in parameters for x in p.tensors()] == strides
@@ -184,12 +186,13 @@ def test_empty_tensors_and_empty_lists(backend):
 
 @pytest.mark.parametrize("tensor", ["weight", "grad", "momentum_buffer"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_not_finite_stays_in_its_unit(backend, tensor, value, dtype):
-    for shape in ((4, 35), (4, 2, 3, 3)):
-        p = random_parameter(shape, dtype)
+def test_what_is_not_finite_stays_in_its_unit(backend, tensor, value):
+    of_each = itertools.product(((4, 35), (4, 2, 3, 3)), DTYPES)
+    parameters = [random_parameter(shape, dtype) for shape, dtype in of_each]
+    for p in parameters:
         getattr(p, tensor).view(4, -1)[1, -1] = value
-        assert_steps(backend, [p])
+    assert_steps(backend, parameters)
+    for p in parameters:
         assert p.weight.view(4, -1).isfinite().all(dim=1).tolist() == [True, False, True, True]
 
 
@@ -206,27 +209,25 @@ def test_nan_in_a_gradient_makes_all_of_a_clipped_unit_nan_and_one_weight_of_an_
                                           (torch.float32, 1e20), (torch.float32, 1e30), (torch.float32, 1e38),
                                           (torch.float64, 1e120)], ids=str)  # fmt: skip
 def test_norms_of_large_gradients_do_not_overflow(backend, dtype, value, clip_factor):
-    for shape in ((3, 16), (2, 1024), (600,)):
-        p = random_parameter(shape, dtype)
-        p.weight, p.momentum_buffer = torch.ones_like(p.weight), torch.zeros_like(p.weight)
-        p.grad = torch.full_like(p.grad, value)
-        # Of a group that is not clipped the step itself must be one that float32 holds.
-        lr = 0.5 if clip_factor is not None else 0.5 / value
-        assert_steps(backend, [p], lr=lr, clip_factor=clip_factor, nesterov=False)
-        assert (p.weight < 1).all(), "a large gradient became zero"
+    parameters = [
+        Parameter(*[torch.full(shape, x, dtype=dtype) for x in (1.0, value, 0.0)])
+        for shape in ((3, 16), (2, 1024), (600,))
+    ]
+    # Of a group that is not clipped the step itself must be one that float32 holds.
+    lr = 0.5 if clip_factor is not None else 0.5 / value
+    assert_steps(backend, parameters, lr=lr, clip_factor=clip_factor, nesterov=False)
+    assert all((p.weight < 1).all() for p in parameters), "a large gradient became zero"
 
 
 @pytest.mark.parametrize("weight, grad", [(1e30, 1e38), (1e30, 1e-30), (1e-30, 1.0), (1e-30, 1e-30), (1e-22, 1e-25),
                                           (1e-18, 1.0), (0.0, 1e-30), (1e-3, 3e38), (1e-20, 3e38)])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_float32_that_does_not_hold_norms_or_factors_costs_no_digits(backend, weight, grad, dtype):
-    for shape in ((2, 35), (35,), (2, 1)):
-        p = random_parameter(shape, torch.float64)
-        p = Parameter(
-            (weight * p.weight).to(dtype), grad * p.grad / p.grad.abs().max(), torch.zeros(shape, dtype=dtype)
-        )
-        p.grad = p.grad.to(dtype)
-        assert_steps(backend, [p], eps=0.0, lr=0.5, weight_decay=0.0)
+def test_float32_that_does_not_hold_norms_or_factors_costs_no_digits(backend, weight, grad):
+    parameters = []
+    for shape, dtype in itertools.product(((2, 35), (35,), (2, 1)), (torch.float32, torch.bfloat16)):
+        w, g = torch.randn(2, *shape, dtype=torch.float64)
+        values = weight * w, grad * g / g.abs().max(), torch.zeros(shape)
+        parameters.append(Parameter(*[x.to(dtype) for x in values]))
+    assert_steps(backend, parameters, eps=0.0, lr=0.5, weight_decay=0.0)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -44,12 +44,7 @@ struct Common {
 };
 using SgdTable = Table<Row, Common>;
 
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
-// All tensors of a unit are dealt out alike: groups are 16 bytes of the narrowest type, so that all are accessed in whole
-// pieces.
-template <class W, class G>
-constexpr int kElements = kPiece / smaller(sizeof(W), sizeof(G));
+// All tensors of a unit are dealt out alike.
 template <class W, class G>
 constexpr int kGroupBytes = kElements<W, G>* static_cast<int>(sizeof(Wider<W, G>));
 template <class W, class G>

@@ -67,6 +67,12 @@ struct Deal {
   static constexpr int kGroups = kGroups_;      // of a thread
 };
 
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// Elements of a group that is whole pieces of two types.
+template <class A, class B>
+constexpr int kElements = kPiece / smaller(sizeof(A), sizeof(B));
+
 template <class D>
 struct Slots {
   using Dealt = D;

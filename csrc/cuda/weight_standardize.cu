@@ -29,12 +29,8 @@ struct Common {
 };
 using WeightTable = Table<Row, Common>;
 
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Groups are 16 bytes of the narrower type, so that both are accessed in whole pieces.
-template <class W, class O>
-constexpr int kElements = kPiece / smaller(sizeof(W), sizeof(O));
 template <class W, class O>
 constexpr int kGroupBytes = kElements<W, O>* larger(sizeof(W), sizeof(O));
 template <class W, class O>

@@ -59,6 +59,25 @@ def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
         )
 
 
+def unit_count(shape: torch.Size, rule: str) -> int:
+    """Units of a tensor with elements."""
+    return 1 if reference.is_one_unit(shape, rule) else shape[0]
+
+
+def check_statistics(name: str, statistics: Tensor | None, weight: Tensor, rule: str) -> None:
+    """Raises ValueError unless kernels, which know addresses alone, can count all units of the weight in them."""
+    if statistics is None:
+        return
+    units = unit_count(weight.shape, rule) if weight.numel() else 0
+    fits = statistics.ndim == 2 and statistics.shape[0] >= units and statistics.shape[1] == 3
+    kind = statistics.dtype, statistics.device, statistics.is_contiguous()
+    if not fits or kind != (torch.float32, weight.device, True):
+        raise ValueError(
+            f"{name} must be ({units}, 3) of {torch.float32}, contiguous, on {weight.device}, got "
+            f"{tuple(statistics.shape)} of {statistics.dtype} with strides {statistics.stride()} on {statistics.device}"
+        )
+
+
 def listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """One tensor or several as a list; raises TypeError for what is none."""
     if isinstance(parameters, Tensor):
@@ -92,7 +111,8 @@ def _agc(weights, grads, clip_factor, eps, norm_type, rule, backend, statistics=
     check_choice("rule", rule, RULES)
     counted = statistics or [None] * len(weights)
     by_device: dict[torch.device, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
-    for weight, grad, counts in zip(weights, grads, counted, strict=True):
+    for i, (weight, grad, counts) in enumerate(zip(weights, grads, counted, strict=True)):
+        check_statistics(f"statistics[{i}]", counts, weight, rule)
         if weight.shape != grad.shape:
             raise ValueError(
                 f"grads must have the shapes of weights, got {tuple(grad.shape)} for {tuple(weight.shape)}"
@@ -114,11 +134,6 @@ def _fake(weights, grads, clip_factor, eps, norm_type, rule, backend, statistics
 def _reference(weights, grads, statistics, clip_factor, eps, norm_type, rule):
     for weight, grad, counts in zip(weights, grads, statistics, strict=True):
         reference.agc_(weight, grad, clip_factor, eps, norm_type, rule, counts)
-
-
-def unit_count(shape: torch.Size, rule: str) -> int:
-    """Units of a tensor with elements."""
-    return 1 if reference.is_one_unit(shape, rule) else shape[0]
 
 
 def address(tensor: Tensor | None) -> int:

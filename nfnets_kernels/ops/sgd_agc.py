@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backend as backends
 from ..reference import sgd_agc as reference
 from ..reference.sgd_agc import Hyperparameters, Scalars
-from .agc import RULES, address, check_gradient, overlaps, unit_count
+from .agc import RULES, address, check_gradient, check_statistics, overlaps, unit_count
 from .library import aligned, check_choice, check_float, define, queue, same_order, unit_dense
 from .snapshot import is_plain, same_objects, snapshot_of
 
@@ -104,20 +104,6 @@ def check_written(name: str, tensor: Tensor | None, weight: Tensor, dtype: torch
         raise ValueError(
             f"{name} may hold one element twice (shape {tuple(tensor.shape)}, strides {tensor.stride()}, as after "
             "expand()); clone it"
-        )
-
-
-def check_statistics(name: str, statistics: Tensor | None, weight: Tensor, rule: str) -> None:
-    """Raises ValueError unless kernels, which know addresses alone, can count all units of the weight in them."""
-    if statistics is None:
-        return
-    units = unit_count(weight.shape, rule) if weight.numel() else 0
-    fits = statistics.ndim == 2 and statistics.shape[0] >= units and statistics.shape[1] == 3
-    kind = statistics.dtype, statistics.device, statistics.is_contiguous()
-    if not fits or kind != (torch.float32, weight.device, True):
-        raise ValueError(
-            f"{name} must be ({units}, 3) of {torch.float32}, contiguous, on {weight.device}, got "
-            f"{tuple(statistics.shape)} of {statistics.dtype} with strides {statistics.stride()} on {statistics.device}"
         )
 
 

@@ -102,7 +102,8 @@ class AGC:
 
         Clipping compares gradients with parameters: `clip_` of gradients that are still scaled, by 65,536 say, clips
         them all. Instead of `scaler.unscale_(optimizer); agc.clip_()`; `scaler.step(optimizer)` follows and skips the
-        step where it found infinities. An `AGC(optimizer)` and `SGD_AGC` do without: they know what they are given.
+        step where it found infinities, which `stats()` then counts as clipped. An `AGC(optimizer)` and `SGD_AGC` do
+        without: they know what they are given.
 
         Raises:
             RuntimeError: the gradients have been unscaled since the last `scaler.update()`.

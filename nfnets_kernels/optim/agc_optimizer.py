@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ class AGCOptimizer(AGC, Optimizer):
                 return None
             found_inf = None
         if closure is None:
-            self.clip_()
+            with nullcontext() if found_inf is None or self._counts is None else self._counts.unless(found_inf):
+                self.clip_()
             return self._step_unless(found_inf)
         return self.optimizer.step(self._clipping(closure))
 

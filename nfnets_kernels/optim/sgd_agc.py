@@ -342,6 +342,9 @@ class SGD_AGC(Optimizer):
             if average is not None:  # which has been rounded to the dtype of the parameter
                 self.state[parameter]["ema"] = average.to(parameter.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_unit_counts": self._counts}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._memory = None
         super().__setstate__(state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,15 @@ class UnitCounts:
             counts = torch.zeros(units, 3, dtype=torch.float32, device=parameter.device)
             self._of[parameter] = counts
         return counts
+
+    @contextmanager
+    def unless(self, found_inf: Tensor) -> Iterator[None]:
+        """Takes back what is counted in the `with` block if found_inf is not 0, without waiting for the device."""
+        before = {parameter: counts.clone() for parameter, counts in self._of.items()}
+        yield
+        for parameter, counts in self._of.items():
+            old = before.get(parameter, torch.zeros_like(counts))
+            counts.copy_(torch.where(found_inf.to(counts.device) != 0, old, counts))
 
     @torch.no_grad()
     def reset(self) -> None:
