@@ -55,7 +55,7 @@ class Outcome:
 def stages(folder: Path, capability: str) -> list[Stage]:
     """What is done on a card of a compute capability, in this order: what decides most comes first.
 
-    What precedes the tests may take 450 of the 480 seconds even if every stage of it runs into its limit, so that the
+    What precedes the tests may take 470 of the 480 seconds even if every stage of it runs into its limit, so that the
     benchmarks are never cut short by what comes before; the tests share what the others have left over.
     """
     results = str(folder / "results")
@@ -70,6 +70,7 @@ def stages(folder: Path, capability: str) -> list[Stage]:
               modules=("pip", "setuptools", "pybind11", "ninja"), environment=this_card),
         Stage("describe", (*PYTHON, "benchmarks.gpu_served"), 15),
         Stage("graphs", (*PYTHON, "benchmarks.gpu_cases", "graphs", "--seconds", "20", *kernels), 40),
+        Stage("step_graph", (*PYTHON, "benchmarks.gpu_step_graph"), 20),
         Stage("compare", (*PYTHON, "benchmarks.gpu_cases", "compare", "--seconds", "25", *kernels, "reference"), 45),
         # 12 cases hold units of every length, a crowd of tensors for each op, permuted formats and misaligned tensors.
         Stage("memcheck", (*sanitizer("memcheck", "nfk"), "--cases", "12", "--seconds", "15", *cuda_kernels), 35,

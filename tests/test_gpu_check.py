@@ -1,5 +1,6 @@
 """What can be checked without a GPU of the run on one: stages, random cases, comparisons, goals and the harness."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from benchmarks import (
     gpu_check,
     gpu_draw,
     gpu_served,
+    gpu_step_graph,
     harness,
     report,
 )
@@ -176,6 +178,20 @@ def test_cases_give_the_same_results_again(small_cases, monkeypatch):
     cases = gpu_cases.graph_cases(islice(gpu_draw.Draw("cpu", 0).cases(), 5))
     tally = gpu_cases.run_checks(gpu_cases.check_graph, cases, ["triton"], 60)
     assert (tally.cases, tally.failures, tally.runs["agc", "triton"]) == (6, 0, 2)
+
+
+@pytest.mark.parametrize("factor", [0.7, None])
+def test_a_whole_step_trains_as_before_and_one_that_misses_the_schedule_is_noticed(factor, monkeypatch):
+    """With calls in place of replays; a graph that holds the learning rate of its capture would go on with that."""
+
+    def captured(run):
+        if factor is None:
+            monkeypatch.setattr(torch.optim.lr_scheduler.ExponentialLR, "step", lambda self: None)
+        return run
+
+    monkeypatch.setattr(gpu_step_graph, "captured", captured)
+    with contextlib.nullcontext() if factor else pytest.raises(AssertionError, match="not close"):
+        gpu_step_graph.compare("cpu")
 
 
 @pytest.mark.parametrize("expected, status", [("cuda", 0), ("triton", 1)])
