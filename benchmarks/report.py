@@ -233,11 +233,12 @@ def machine_line(results: Results) -> str:
 
 
 def readme_section(all_results: Iterable[Results]) -> str:
-    """One compact table per machine, a row per case."""
+    """One compact table per run, a row per case; what a run leaves out is told unless another on the machine has it."""
     all_results = list(all_results)
     parts = []
     for results in all_results:
-        rows = [row for bench, title in BENCHES.items() for row in readme_rows(results, bench, title)]
+        benches = set(BENCHES) - benches_of(others_on_the_machine(results, all_results)) | benches_of([results])
+        rows = [row for bench in BENCHES if bench in benches for row in readme_rows(results, bench, BENCHES[bench])]
         columns = ["Work", "nfnets_kernels", "Peers (time / ours)", "Memory bandwidth reached"]
         parts.append(f"**{machine_line(results)}**, by `{results.environment.command}`\n\n{markdown(columns, rows)}")
         if results.models:
@@ -251,6 +252,17 @@ def readme_section(all_results: Iterable[Results]) -> str:
         if not is_there:
             parts.append(f"{kind}: {NOT_MEASURED}.")
     return "\n\n".join(parts)
+
+
+def others_on_the_machine(results: Results, all_results: Iterable[Results]) -> list[Results]:
+    """The other runs on the machine of a run."""
+    slug = results.environment.slug
+    return [other for other in all_results if other is not results and other.environment.slug == slug]
+
+
+def benches_of(all_results: Iterable[Results]) -> set[str]:
+    """The benches of which some run has figures."""
+    return {bench for results in all_results for bench in BENCHES if table(results, bench)[1]}
 
 
 def readme_rows(results: Results, bench: str, title: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ from benchmarks import __main__, bench_convergence, harness, report, tune_conver
 from benchmarks.bench_convergence import Threshold
 from benchmarks.digits import ARCHITECTURE, CHANCE, Digits, Recipe, train
 from benchmarks.environment import REPOSITORY, Environment
-from benchmarks.results import BENCHES, NOT_MEASURED, Results, Training
+from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing, Training
 
 METHODS = {method.name: method for method in bench_convergence.METHODS}
 AGC, NORM, UNCLIPPED, TWIN = METHODS
@@ -286,6 +286,16 @@ def test_readme_rows():
         "-",
     ]
     assert NOT_MEASURED in report.readme_rows(stored_results({}), "convergence", "title")[0]
+
+
+def test_what_a_run_leaves_out_is_told_unless_another_run_on_the_machine_has_it():
+    digits, other = stored_results(REACHED), stored_results({})
+    other.timings.append(Timing("agc", "some case", "ours", "ours", "cpu", 5, 1.0, 1.0, 1.0, 1.0, None))
+    alone, both = report.readme_section([digits]), report.readme_section([digits, other])
+    assert alone.count(f"| **{BENCHES['agc']}** | {NOT_MEASURED}") == 1
+    assert both.count(f"| **{BENCHES['agc']}** | {NOT_MEASURED}") == 0
+    assert both.count(f"| **{BENCHES['convergence']}** |") == 1
+    assert both.count(f"| **{BENCHES['residual']}** | {NOT_MEASURED}") == 2  # none has it
 
 
 def test_older_results_are_of_one_batch_size(tmp_path):
