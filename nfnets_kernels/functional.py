@@ -232,9 +232,14 @@ def agc_(
     """
     ops.agc.check_options(clip_factor, eps, norm_type, rule, backend)
     parameters = ops.agc.listed(parameters)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and ops.agc.clip_again_(parameters, clip_factor, eps, norm_type, rule, backend):
+        return
     if any(map(is_sharded, parameters)):
         clip_sharded_(parameters, clip_factor, eps, norm_type, rule=rule, backend=backend)
         return
     weights, grads = ops.agc.with_gradients(parameters)
     with torch.no_grad():
         ops.agc.agc_(weights, grads, clip_factor, eps, norm_type, rule, backend)
+    if not compiling:
+        ops.agc.remember(parameters, rule, backend)

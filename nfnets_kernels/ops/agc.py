@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import backend as backends
 from ..reference import agc as reference
 from .library import check_choice, check_float, define, queue, unit_dense
-from .snapshot import is_plain, snapshot_of
+from .snapshot import Snapshot, is_plain, snapshot_of
 
 RULES = ("timm", "deepmind")
 
@@ -258,7 +258,45 @@ def repeat_for(
     if serving not in _CLIP or not all(is_plain(weight, grad, device) for weight, grad in pairs):
         return None
     weights, grads = zip(*pairs, strict=True)
-    return Repeat(Table(weights, grads, list(map(statistics, weights)), rule, serving), snapshot_of(parameters))
+    table = Table(weights, grads, list(map(statistics, weights)), rule, serving)
+    table.dense.clear()  # they are the weights themselves, which others own
+    return Repeat(table, snapshot_of(parameters))
+
+
+# What recent calls of `agc_` left, by what tells calls apart: a training loop calls it again and again with the same
+# parameters, and checking all of them takes Python 3 us each. Nothing here keeps a parameter alive.
+_recent: dict[tuple[Any, ...], Repeat] = {}
+_MOST_RECENT = 16
+
+
+def clip_again_(
+    parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float, rule: str, backend: str
+) -> bool:
+    """`agc_` of parameters as a recent call left them; False, with nothing done, where there is none such.
+
+    Modes that watch what torch dispatches get to see the op.
+    """
+    repeat = _recent.get(_key(parameters, rule, backend))
+    if repeat is None or torch._C._len_torch_dispatch_stack():
+        return False
+    return repeat.clip_(parameters, clip_factor, eps, norm_type, rule, backend)
+
+
+def remember(parameters: list[Tensor], rule: str, backend: str) -> None:
+    """Keeps what serves the next calls with these parameters, where that can be."""
+    if len({*map(id, parameters)}) < len(parameters):  # one that comes twice is to be clipped once
+        return
+    repeat = repeat_for(parameters, rule, backend, lambda _: None)
+    if repeat is None or isinstance(repeat.snapshot, Snapshot):  # which holds its parameters
+        return
+    _recent.pop(_key(parameters, rule, backend), None)
+    while len(_recent) >= _MOST_RECENT:
+        _recent.pop(next(iter(_recent)), None)
+    _recent[_key(parameters, rule, backend)] = repeat
+
+
+def _key(parameters: list[Tensor], rule: str, backend: str) -> tuple[Any, ...]:
+    return (id(parameters[0]) if parameters else None, len(parameters), rule, backend)
 
 
 agc_ = define(
