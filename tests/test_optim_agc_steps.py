@@ -72,6 +72,21 @@ def test_from_the_second_step_on_nothing_is_checked_again(monkeypatch):
     assert changed(model, agc) == ALL
 
 
+def test_a_scheduled_clip_factor_needs_no_checking_again(monkeypatch):
+    model = with_gradients()
+    agc = AGC(model)
+    agc.clip_()
+    with monkeypatch.context() as patch:
+        patch.setattr(nfk.ops.agc, "with_gradients", None)
+        for agc.clip_factor in (0.02, 0.03, 0.04):
+            model.zero_grad()
+            loss(model).backward()
+            assert changed(model, agc) == ALL
+    model.zero_grad()
+    loss(model).backward()
+    assert_clips_as_agc_does(agc, list(model.parameters()), clip_factor=0.04)
+
+
 def test_gradients_may_come_and_go():
     model = Net()
     agc = AGC(model)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
-from ..optim import AGC
+from ..optim.agc import AGC, check_exclude
+from ..optim.agc_optimizer import AGCOptimizer
 
 try:
     from lightning.pytorch import Callback
@@ -55,13 +56,12 @@ class AdaptiveGradientClipping(Callback):
         backend: str = "auto",
     ) -> None:
         ops.agc.check_options(clip_factor, eps, norm_type, rule, backend)
-        if isinstance(exclude, (str, nn.Module)):
-            raise TypeError(f"exclude must be a sequence of names or modules, got a single {type(exclude).__name__}")
+        check_exclude(exclude)
         self.clip_factor = clip_factor
         self.options: dict[str, Any] = {"eps": eps, "norm_type": norm_type, "rule": rule, "backend": backend}
         self.exclude = exclude
         self._excluded: set[Tensor] = set()
-        self._clippers: dict[Optimizer, dict[float, AGC]] = {}
+        self._clippers: dict[Optimizer, _Clipper] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds what is excluded: by now the parameters are those that are trained."""
@@ -75,23 +75,26 @@ class AdaptiveGradientClipping(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Clips; Lightning calls it between backward and step, after unscaling."""
         _unscale(trainer, optimizer)
-        by_factor: dict[float, list[Tensor]] = {}
-        for group in optimizer.param_groups:
-            factor = group.get("clip_factor", self.clip_factor)
-            if factor is not None:
-                by_factor.setdefault(factor, []).extend(p for p in group["params"] if p not in self._excluded)
-        clippers = self._clippers.get(optimizer, {})
-        self._clippers[optimizer] = {}
-        for factor, parameters in by_factor.items():
-            agc = clippers.get(factor) or AGC((), factor, **self.options)
-            agc.parameters = parameters
-            agc.clip_()
-            self._clippers[optimizer][factor] = agc
+        if optimizer not in self._clippers:
+            self._clippers[optimizer] = _Clipper(optimizer, self.clip_factor, **self.options)
+        clipper = self._clippers[optimizer]
+        clipper.clip_factor, clipper.excluded = self.clip_factor, self._excluded
+        clipper.clip_()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Lets go of the parameters."""
         self._excluded = set()
         self._clippers = {}
+
+
+class _Clipper(AGCOptimizer):
+    """Clips an optimizer's parameters, by the factors of its groups, but for some; Lightning calls its step."""
+
+    excluded: Collection[Tensor] = ()
+
+    def _by_factor(self) -> list[tuple[float, list[Tensor]]]:
+        by_factor = super()._by_factor()
+        return [(factor, [p for p in parameters if p not in self.excluded]) for factor, parameters in by_factor]
 
 
 def _unscale(trainer: Any, optimizer: Optimizer) -> None:

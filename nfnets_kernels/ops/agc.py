@@ -44,6 +44,15 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
+def check_own_memory(name: str, tensor: Tensor, advice: str) -> None:
+    """Raises ValueError unless each element has memory of its own."""
+    if not tensor.is_contiguous() and overlaps(tensor):
+        raise ValueError(
+            f"{name} may hold one element twice (shape {tuple(tensor.shape)}, strides {tensor.stride()}, as after "
+            f"expand()); {advice}"
+        )
+
+
 def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
     """Raises ValueError or TypeError if this gradient cannot be clipped in place."""
     check_float(name, weight)
@@ -52,11 +61,7 @@ def check_gradient(name: str, weight: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{name}.grad must have the shape {tuple(weight.shape)}, got {tuple(grad.shape)}")
     if grad.device != weight.device:
         raise ValueError(f"{name}.grad must be on the device {weight.device}, got {grad.device}")
-    if not grad.is_contiguous() and overlaps(grad):
-        raise ValueError(
-            f"{name}.grad may hold one element twice (shape {tuple(grad.shape)}, strides {grad.stride()}, as after "
-            "expand()); clone it before clipping"
-        )
+    check_own_memory(f"{name}.grad", grad, "clone it before clipping")
 
 
 def unit_count(shape: torch.Size, rule: str) -> int:
@@ -247,9 +252,12 @@ class Repeat(NamedTuple):
 
 
 def repeat_for(
-    parameters: list[Tensor], rule: str, backend: str, statistics: Callable[[Tensor], Tensor | None]
+    parameters: list[Tensor], rule: str, backend: str, counts: Callable[[Tensor], Tensor] | None = None
 ) -> Repeat | None:
-    """What serves the next steps of these parameters, where one kernel takes all of them as they lie."""
+    """What serves the next steps of these parameters, where one kernel takes all of them as they lie.
+
+    `counts` gives a parameter's counts, where there are any.
+    """
     pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not pairs:
         return None
@@ -258,7 +266,8 @@ def repeat_for(
     if serving not in _CLIP or not all(is_plain(weight, grad, device) for weight, grad in pairs):
         return None
     weights, grads = zip(*pairs, strict=True)
-    table = Table(weights, grads, list(map(statistics, weights)), rule, serving)
+    statistics = [None] * len(weights) if counts is None else list(map(counts, weights))
+    table = Table(weights, grads, statistics, rule, serving)
     table.dense.clear()  # they are the weights themselves, which others own
     return Repeat(table, snapshot_of(parameters))
 
@@ -286,13 +295,14 @@ def remember(parameters: list[Tensor], rule: str, backend: str) -> None:
     """Keeps what serves the next calls with these parameters, where that can be."""
     if len({*map(id, parameters)}) < len(parameters):  # one that comes twice is to be clipped once
         return
-    repeat = repeat_for(parameters, rule, backend, lambda _: None)
+    repeat = repeat_for(parameters, rule, backend)
     if repeat is None or isinstance(repeat.snapshot, Snapshot):  # which holds its parameters
         return
-    _recent.pop(_key(parameters, rule, backend), None)
+    key = _key(parameters, rule, backend)
+    _recent.pop(key, None)
     while len(_recent) >= _MOST_RECENT:
         _recent.pop(next(iter(_recent)), None)
-    _recent[_key(parameters, rule, backend)] = repeat
+    _recent[key] = repeat
 
 
 def _key(parameters: list[Tensor], rule: str, backend: str) -> tuple[Any, ...]:

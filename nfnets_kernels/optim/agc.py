@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,7 @@ class AGC:
         statistics: bool = False,
     ) -> None:
         self._set_options(clip_factor, eps, norm_type, rule, backend, statistics)
-        if isinstance(exclude, (str, nn.Module)):
-            raise TypeError(f"exclude must be a sequence of names or modules, got a single {type(exclude).__name__}")
+        check_exclude(exclude)
         self.parameters, self._names = _included(module_or_params, exclude)
         reject_flat_parameters(self.parameters)
 
@@ -79,7 +78,7 @@ class AGC:
         self.rule = rule
         self.backend = backend
         self._counts = UnitCounts() if statistics else None
-        self._repeats: dict[float, ops.agc.Repeat | None] = {}
+        self._repeats: dict[int, ops.agc.Repeat | None] = {}  # by place in _by_factor(): factors may be scheduled
 
     def _by_factor(self) -> list[tuple[float, list[Tensor]]]:
         """What is clipped to which clip_factor."""
@@ -94,8 +93,8 @@ class AGC:
         The first call checks all that `agc_` checks. As long as the parameters stay where they were and the gradients
         are as plain, the next ones reuse what it collected.
         """
-        for clip_factor, parameters in self._by_factor():
-            self._clip_to(clip_factor, parameters)
+        for place, (clip_factor, parameters) in enumerate(self._by_factor()):
+            self._clip_to(clip_factor, parameters, place)
 
     def clip_scaled_(self, scaler: GradScaler, optimizer: Optimizer) -> None:
         """Unscales the gradients of an optimizer whose loss a `torch.amp.GradScaler` scaled, then clips.
@@ -111,31 +110,32 @@ class AGC:
         scaler.unscale_(optimizer)
         self.clip_()
 
-    def _clip_to(self, clip_factor: float, parameters: list[Tensor]) -> None:
+    def _clip_to(self, clip_factor: float, parameters: list[Tensor], place: int) -> None:
         options = (clip_factor, self.eps, self.norm_type, self.rule, self.backend)
         if torch.compiler.is_compiling():
             self._clip_checked(parameters, *options)
             return
         ops.agc.check_options(*options)
-        repeat = self._repeats.get(clip_factor)
+        repeat = self._repeats.get(place)
         if repeat is None or not repeat.clip_(parameters, *options):
             self._clip_checked(parameters, *options)
-            self._repeats[clip_factor] = ops.agc.repeat_for(parameters, self.rule, self.backend, self._statistics_of)
+            self._repeats[place] = ops.agc.repeat_for(parameters, self.rule, self.backend, self._counting())
 
     def _clip_checked(
         self, parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float, rule: str, backend: str
     ) -> None:
+        counts = self._counting()
         if any(map(is_sharded, parameters)):
-            counts = None if self._counts is None else partial(self._counts.of, rule=rule)
             clip_sharded_(parameters, clip_factor, eps, norm_type, rule=rule, backend=backend, counts=counts)
         else:
             weights, grads = ops.agc.with_gradients(parameters)
-            statistics = None if self._counts is None else [self._counts.of(weight, rule) for weight in weights]
+            statistics = counts and list(map(counts, weights))
             with torch.no_grad():
                 ops.agc.agc_(weights, grads, clip_factor, eps, norm_type, rule, backend, statistics)
 
-    def _statistics_of(self, parameter: Tensor) -> Tensor | None:
-        return None if self._counts is None else self._counts.of(parameter, self.rule)
+    def _counting(self) -> Callable[[Tensor], Tensor] | None:
+        """What gives the counts of a parameter, where there are any."""
+        return None if self._counts is None else partial(self._counts.of, rule=self.rule)
 
     def stats(self) -> ClippingStatistics:
         """What has been clipped since construction or `reset_stats()`, parameter by parameter; prints as a table.
@@ -162,6 +162,12 @@ class AGC:
             f"AGC({len(self.parameters)} parameters, clip_factor={self.clip_factor}, eps={self.eps}, "
             f"norm_type={self.norm_type}, rule={self.rule!r}, backend={self.backend!r})"
         )
+
+
+def check_exclude(exclude: Sequence[str | nn.Module]) -> None:
+    """Raises TypeError for a single name or module."""
+    if isinstance(exclude, (str, nn.Module)):
+        raise TypeError(f"exclude must be a sequence of names or modules, got a single {type(exclude).__name__}")
 
 
 def _included(
