@@ -49,9 +49,7 @@ def stubbed_launches() -> Iterator[Callable[[], int]]:
     """Backend "cuda" serves CPU tensors without doing anything; yields the number of launches so far."""
     from tests import emulator
 
-    path = emulator.build(sanitize=False)
-    controls = emulator.controls(path)
-    with emulator.serving_cpu_tensors(path):
+    with emulator.serving() as controls:
         controls.emulator_set_stub(1)
         try:
             yield controls.emulator_launches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -117,8 +117,8 @@ def separate(state: State) -> list[Contestant]:
 def in_turn(*steps: Step) -> Callable[[], None]:
     """One call for several."""
 
-    def run(steps: Sequence[Step]) -> None:
+    def run() -> None:
         for step in steps:
             step()
 
-    return partial(run, steps)
+    return run

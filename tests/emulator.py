@@ -116,6 +116,14 @@ def controls(path: Path) -> ctypes.CDLL:
     return library
 
 
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[ctypes.CDLL]:
+    """Backend "cuda" serves CPU tensors inside the `with` block, with a module built with these flags; its controls."""
+    path = build(False, *flags)
+    with serving_cpu_tensors(path):
+        yield controls(path)
+
+
 def sanitized_environment() -> dict[str, str]:
     """In which a Python process can load sanitized libraries."""
     runtimes = []

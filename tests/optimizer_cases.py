@@ -76,5 +76,17 @@ def assert_same_parameters(model: nn.Module, expected: nn.Module, **tolerance: f
         torch.testing.assert_close(p, q, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def assert_a_copy_goes_on_alone(duplicate: Callable[[Any], Any], model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Training the copy leaves the original, which then takes the same steps; returns the copied optimizer."""
+    twin, other = duplicate((model, optimizer))
+    before = values(model)
+    train(twin, other)
+    assert all(map(torch.equal, model.parameters(), before))
+    train(model, optimizer)
+    assert_same_parameters(twin, model)
+    assert repr(other) == repr(optimizer)
+    return other
+
+
 def values(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]

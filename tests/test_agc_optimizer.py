@@ -18,7 +18,16 @@ from nfnets_kernels.optim.agc_optimizer import AGCOptimizer
 
 from .agc_cases import bits, gradients, loss, parameter, random_pair
 from .module_helpers import on_one_thread
-from .optimizer_cases import LR, TOLERANCE, assert_same_parameters, backward, net, train, values
+from .optimizer_cases import (
+    LR,
+    TOLERANCE,
+    assert_a_copy_goes_on_alone,
+    assert_same_parameters,
+    backward,
+    net,
+    train,
+    values,
+)
 
 one_thread = pytest.fixture(on_one_thread, autouse=True)
 
@@ -285,13 +294,7 @@ def test_a_copy_goes_on_alone_and_clips(duplicate, scheduled):
     model = net()
     optimizer = clipped(param_groups(model), "AdamW", clip_factor=0.03, rule="deepmind", statistics=True)
     train(model, optimizer, 3, lr_scheduler.StepLR(optimizer, 2) if scheduled else None)
-    twin, other = duplicate((model, optimizer))
-    before = values(model)
-    train(twin, other)
-    assert all(map(torch.equal, model.parameters(), before))
-    train(model, optimizer)
-    assert_same_parameters(twin, model)
-    assert repr(other) == repr(optimizer)
+    other = assert_a_copy_goes_on_alone(duplicate, model, optimizer)
     assert repr(other.stats()) == repr(optimizer.stats())
 
 

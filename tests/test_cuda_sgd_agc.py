@@ -33,17 +33,15 @@ LAUNCH_FAILURE = 719
 @pytest.fixture(scope="module", autouse=True)
 def cuda() -> Iterator[ctypes.CDLL]:
     """Backend "cuda" serves CPU tensors; the emulator's controls."""
-    path = emulator.build(sanitize=False)
-    with emulator.serving_cpu_tensors(path):
-        yield emulator.controls(path)
+    with emulator.serving() as controls:
+        yield controls
 
 
 @pytest.fixture
 def old_cuda() -> Iterator[ctypes.CDLL]:
     """The same of CUDA 12.0, whose kernels take 4 KB of arguments."""
-    path = emulator.build(False, "-DCUDART_VERSION=12000")
-    with emulator.serving_cpu_tensors(path):
-        yield emulator.controls(path)
+    with emulator.serving("-DCUDART_VERSION=12000") as controls:
+        yield controls
 
 
 def counted(p: Parameter) -> Parameter:

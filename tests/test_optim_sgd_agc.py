@@ -22,6 +22,7 @@ from .optimizer_cases import (
     LR,
     TOLERANCE,
     ClippedSGD,
+    assert_a_copy_goes_on_alone,
     assert_same_parameters,
     backward,
     net,
@@ -332,13 +333,7 @@ def test_a_copy_goes_on_alone(duplicate, options):
     model = net()
     optimizer = SGD_AGC(param_groups(model), LR, **options)
     train(model, optimizer, 3, lr_scheduler.StepLR(optimizer, 2))
-    twin, other = duplicate((model, optimizer))
-    before = values(model)
-    train(twin, other)
-    assert all(map(torch.equal, model.parameters(), before))
-    train(model, optimizer)
-    assert_same_parameters(twin, model)
-    assert repr(other) == repr(optimizer)
+    assert_a_copy_goes_on_alone(duplicate, model, optimizer)
     assert "clip_factor: 0.01" in repr(optimizer)
 
 

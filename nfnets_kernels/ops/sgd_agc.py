@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import backend as backends
 from ..reference import sgd_agc as reference
 from ..reference.sgd_agc import Hyperparameters, Scalars
-from .agc import RULES, address, check_gradient, check_statistics, overlaps, unit_count
+from ..reference.weight_standardize import accumulation_dtype
+from .agc import RULES, address, check_gradient, check_own_memory, check_statistics, unit_count
 from .library import aligned, check_choice, check_float, define, queue, same_order, unit_dense
 from .snapshot import is_plain, same_objects, snapshot_of
 
@@ -83,10 +84,9 @@ def check_tensors(tensors: Tensors, rule: str) -> None:
     columns = zip(*tensors[:5], strict=True)
     for i, (weight, grad, momentum_buffer, average, statistics) in enumerate(columns):
         check_gradient(f"parameters[{i}]", weight, grad)
-        accumulated = torch.float64 if weight.dtype == torch.float64 else torch.float32
         check_written(f"parameters[{i}]", weight, weight, weight.dtype)
         check_written(f"momentum_buffer of parameters[{i}]", momentum_buffer, weight, weight.dtype)
-        check_written(f"ema of parameters[{i}]", average, weight, accumulated)
+        check_written(f"ema of parameters[{i}]", average, weight, accumulation_dtype(weight.dtype))
         check_statistics(f"statistics of parameters[{i}]", statistics, weight, rule)
 
 
@@ -100,11 +100,7 @@ def check_written(name: str, tensor: Tensor | None, weight: Tensor, dtype: torch
             f"{name} must be {tuple(weight.shape)} of {dtype} on {weight.device}, got "
             f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         )
-    if not tensor.is_contiguous() and overlaps(tensor):
-        raise ValueError(
-            f"{name} may hold one element twice (shape {tuple(tensor.shape)}, strides {tensor.stride()}, as after "
-            "expand()); clone it"
-        )
+    check_own_memory(name, tensor, "clone it")
 
 
 def check_scalars(call: Call) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -85,8 +85,7 @@ class AGCOptimizer(AGC, Optimizer):
         """Clips, then the other optimizer's step; with a closure, after each of its evaluations."""
         scale, found_inf = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
         if scale is not None:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(list(map(local, grads)), scale)
+            unscale_([parameter for group in self.param_groups for parameter in group["params"]], scale)
         if found_inf is not None and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             if found_inf:  # waits for the device: such an optimizer steps or does not, as the host says
                 return None
@@ -142,6 +141,12 @@ class AGCOptimizer(AGC, Optimizer):
 
     def __repr__(self) -> str:
         return f"{AGC.__repr__(self)} before\n{self.optimizer!r}"
+
+
+def unscale_(parameters: Sequence[Tensor], grad_scale: Tensor) -> None:
+    """Divides the gradients by what a `GradScaler` multiplied the loss by."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_div_(list(map(local, grads)), grad_scale)
 
 
 def named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:

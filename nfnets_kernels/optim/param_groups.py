@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from .. import ops
 from ..ops.library import check_finite
 from .lookup import find_module, unwrapped
+from .text_table import text_table
 
 Head = nn.Module | str | Sequence[nn.Module | str]
 
@@ -23,13 +24,7 @@ class ParamGroups(list[dict[str, Any]]):
     """Parameter groups for an optimizer; prints as a table, one row for each."""
 
     def __repr__(self) -> str:
-        rows = [_COLUMNS, *map(_row, self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for first, *middle, last in rows:
-            cells = [first.ljust(widths[0]), *map(str.rjust, middle, widths[1:-1]), last]
-            lines.append("  ".join(cells))
-        return "\n".join(lines)
+        return "\n".join(text_table([_COLUMNS, *map(_row, self)], left=(0, len(_COLUMNS) - 1)))
 
 
 def _row(group: dict[str, Any]) -> tuple[str, ...]:

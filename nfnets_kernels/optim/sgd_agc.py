@@ -16,8 +16,9 @@ from .. import ops
 from ..ops.library import check_choice, is_unit_dense, same_order
 from ..ops.sgd_agc import Call
 from ..ops.snapshot import same_objects
-from ..sharded import clip_spread_, is_sharded, local, reject_flat_parameters, split
-from .agc_optimizer import named_parameters
+from ..reference.weight_standardize import accumulation_dtype
+from ..sharded import clip_spread_, is_sharded, reject_flat_parameters, split
+from .agc_optimizer import named_parameters, unscale_
 from .sgd_agc_plan import Memory, Plan, hyperparameters
 from .statistics import ClippingStatistics, UnitCounts
 
@@ -216,8 +217,7 @@ class SGD_AGC(Optimizer):
             if group["momentum"] != 0:
                 momentum_buffers.append(self._state(parameter, "momentum_buffer", parameter.dtype))
             if group["ema_decay"] is not None:
-                dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-                averages.append(self._state(parameter, "ema", dtype))
+                averages.append(self._state(parameter, "ema", accumulation_dtype(parameter.dtype)))
             if self.defaults["statistics"] and group["clip_factor"] is not None:
                 statistics.append(self._counts.of(parameter, self.defaults["rule"]))
 
@@ -265,8 +265,7 @@ class SGD_AGC(Optimizer):
         """The same without a loss scale, by which the gradients have been divided."""
         if call.grad_scale is None:
             return call
-        grads: list[Any] = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-        torch._foreach_div_([local(grad) for grad in grads], call.grad_scale)
+        unscale_(self._parameters(), call.grad_scale)
         return call._replace(grad_scale=None)
 
     def _clip_spread(self) -> set[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..sharded import local_units
+from .text_table import text_table
 
 _COLUMNS = ("parameter", "shape", "units", "steps", "clipped", "largest ratio")
 
@@ -45,9 +46,7 @@ class ClippingStatistics(tuple[ParameterStatistics, ...]):
         return math.nan if any(map(math.isnan, ratios)) else max(ratios, default=0.0)
 
     def __repr__(self) -> str:
-        cells = [_COLUMNS, *map(_cells, self)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+        lines = text_table([_COLUMNS, *map(_cells, self)])
         return "\n".join([*lines, f"clipped in all: {self.fraction:.2%}, largest ratio {self.largest_ratio:.3g}"])
 
 
