@@ -206,7 +206,7 @@ def _clip_with_triton(table: Table, addresses: Iterable[int], clip_factor: float
         clip_factor,
         eps,
         norm_type,
-        table.statistics if any(table.statistics) else (),
+        table.statistics,
     )
 
 
