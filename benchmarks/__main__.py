@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=DESCRIPTION,
-        epilog=f"benchmarks:\n{listed}",
+        epilog=f"benchmarks:\n{listed}\n\npython -m benchmarks report --help: all results on one page",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     length = parser.add_mutually_exclusive_group()
@@ -49,7 +49,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the chosen benchmarks; 1 if a figure failed verification, 130 after Ctrl-C."""
+    """Run the chosen benchmarks; 1 if a figure failed verification, 130 after Ctrl-C. Or write the report."""
+    if sys.argv[1:2] == ["report"]:
+        from benchmarks.report import main as report
+
+        return report(sys.argv[2:])
     arguments = parse_arguments()
 
     # Only now, so that --help answers at once.
@@ -96,8 +100,9 @@ def main() -> int:
         except KeyboardInterrupt:
             interrupted = True
             console.print("[yellow]interrupted; keeping what is finished[/]")
-    write_report(results, folder)
+    results.save(folder)
     print_report(results, console)
+    write_report(results, folder, console)
     console.print(f"Results are in {folder}")
     if interrupted:
         return 130

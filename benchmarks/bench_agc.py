@@ -9,7 +9,8 @@ import torch
 
 import nfnets_kernels as nfk
 from benchmarks import peers
-from benchmarks.harness import Comparison, Contestant, Session, Settings, assert_all_close, passed_over
+from benchmarks.checks import assert_all_close
+from benchmarks.harness import Comparison, Contestant, Session, Settings, passed_over
 
 BENCH = "agc"
 MODELS = {"NF-ResNet-50": "nf_resnet50", "NFNet-F0": "dm_nfnet_f0", "NFNet-F6": "dm_nfnet_f6"}

@@ -13,8 +13,9 @@ from torch import nn
 
 import nfnets_kernels as nfk
 from benchmarks.bn_resnet import BNResNet
+from benchmarks.checks import BenchmarkError, served_by
 from benchmarks.digits import ARCHITECTURE, Digits, Outcome, Recipe, train
-from benchmarks.harness import BenchmarkError, Session, served_by, to_channels_last
+from benchmarks.harness import Session, to_channels_last
 from benchmarks.results import Incident, Role, Training
 
 BENCH = "convergence"

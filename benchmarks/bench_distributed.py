@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 import nfnets_kernels as nfk
 from benchmarks import training
 from benchmarks.bn_resnet import BNResNet
-from benchmarks.clocks import host_clock, wall_clock
+from benchmarks.checks import served_by
+from benchmarks.clocks import host_clock, interleave, wall_clock
 from benchmarks.environment import keep_freed_memory
 from benchmarks.goals import TWIN
-from benchmarks.harness import Session, interleave, served_by
+from benchmarks.harness import Session
 from benchmarks.results import Incident, Role, Timing
 from benchmarks.training import CLASSES, Batch, Network, check_loss, training_step
 
@@ -97,7 +98,6 @@ def record(session: Session, case: str, all_measured: list[Measured]) -> None:
                 p20_ms=1e3 * p20,
                 p80_ms=1e3 * p80,
                 relative_time=median / ours,
-                bandwidth_fraction=None,
             )
         )
     session.results.save(session.folder)
@@ -118,7 +118,7 @@ def measure_in_process(rank: int, work: Work, folder: str) -> None:
     torch.manual_seed(work.seed)
     networks = make_networks(work.device)
     torch.manual_seed(work.seed + rank)
-    batch = Batch.random(work.device, work.batch_size, work.image_size, autocast=on_gpu)
+    batch = Batch.random(work.device, work.batch_size, work.image_size, torch.bfloat16 if on_gpu else torch.float32)
     steps = [training_step(network, batch) for network in networks]
     backends = [first_step(network, step, work.device) for network, step in zip(networks, steps, strict=True)]
     clock = host_clock_until_done if on_gpu else wall_clock

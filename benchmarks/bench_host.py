@@ -15,8 +15,9 @@ import nfnets_kernels as nfk
 from benchmarks import peers
 from benchmarks.bench_agc import CLIP_FACTOR, EPS, make_params
 from benchmarks.bench_weight_standardize import make_convolutions
+from benchmarks.checks import BenchmarkError, assert_all_close
 from benchmarks.goals import ON_GPU, STUBBED
-from benchmarks.harness import BenchmarkError, Comparison, Contestant, Session, assert_all_close
+from benchmarks.harness import Comparison, Contestant, Session
 from benchmarks.results import Incident
 
 BENCH = "host"
@@ -133,6 +134,7 @@ def step(session: Session, backend: str, case: str, new: bool, launches: Callabl
         contestants=[Contestant("SGD_AGC.step", optimizer.step, "ours", ["sgd_agc"], backend=backend)],
         check=check,
         setup=clipping.restore,
+        cache="in step",
         on_host=True,
     )
 
@@ -153,6 +155,7 @@ def clipping_comparison(
         contestants=[Contestant(name, ours, "ours", ["agc"], backend=backend), *clipping.peers(session)],
         check=one_launch(launches) if launches else clipping.check(),
         setup=clipping.restore,
+        cache="in step",
         on_host=True,
     )
 
@@ -177,5 +180,6 @@ def standardize(session: Session, backend: str, timed: str, launches: Callable[[
         case=f"weight_standardize_many of {len(weights)} convolutions; {timed}",
         contestants=[Contestant("weight_standardize_many", ours, "ours", ["weight_standardize"], backend=backend)],
         check=one_launch(launches) if launches else as_the_reference,
+        cache="in step",
         on_host=True,
     )

@@ -12,6 +12,7 @@ import torch
 
 import nfnets_kernels as nfk
 from benchmarks import peers
+from benchmarks.forms import verified
 from benchmarks.goals import ACCELERATED, compiled_case
 from benchmarks.harness import Session
 from benchmarks.memory import available_memory, peak_tensor_memory
@@ -95,19 +96,22 @@ def measure(session: Session, architecture: Architecture) -> None:
     settings = session.settings
     makes = [*architecture.makes, *(architecture.on_gpu if settings.on_gpu else ())]
     networks = [make(settings.device) for make in makes]
-    batch = Batch.random(settings.device, settings.batch_size, architecture.image_size, autocast=settings.on_gpu)
-    case = f"{architecture.name}, {batch}, {'bfloat16 autocast' if batch.autocast else 'float32'}"
+    dtype = torch.bfloat16 if settings.on_gpu else torch.float32
+    batch = Batch.random(settings.device, settings.batch_size, architecture.image_size, dtype)
+    case = f"{architecture.name}, {batch}, {'bfloat16 autocast' if settings.on_gpu else 'float32'}"
     figures = [describe(architecture, network, case, settings.batch_size) for network in networks]
     for one in figures:
         session.add_model(one)
     # Large networks may need more memory than there is: a GPU says so, a CPU's system ends the process.
     optional = architecture.name not in QUICK
     if optional and not settings.on_gpu:
-        networks = [network for network in networks if fits(session, network, batch, case)]
+        networks = [network for network in networks if fits(session, BENCH, network, batch, case)]
     if not networks:
         return
     rounds = None if settings.on_gpu else ROUNDS_QUICK if settings.quick else ROUNDS_FULL
     steps = training(BENCH, figures[0].training_case, networks, batch, optional)
+    few = replace(batch, images=batch.images[:2], labels=batch.labels[:2])
+    steps = verified(steps, {network.name: (network, network) for network in networks}, few)
     session.compare(replace(steps, rounds=rounds))
     if settings.on_gpu and architecture.compiled:
         steps = training(
@@ -123,7 +127,7 @@ def compiled_beside(networks: list[Network]) -> list[Network]:
     return [networks[0], *(compiled(network) for network in networks[:2])]
 
 
-def fits(session: Session, network: Network, batch: Batch, case: str) -> bool:
+def fits(session: Session, bench: str, network: Network, batch: Batch, case: str) -> bool:
     """Whether the memory that is available suffices for a step, by what one of a single image needs; says so if not."""
     available = available_memory()
     if available is None:
@@ -139,7 +143,7 @@ def fits(session: Session, network: Network, batch: Batch, case: str) -> bool:
     if needed <= available:
         return True
     reason = f"{network.name}: a step needs about {needed / 1e9:.0f} GB of {available / 1e9:.0f} GB available"
-    session.report_incident(Incident(BENCH, case, "skipped", reason))
+    session.report_incident(Incident(bench, case, "skipped", reason))
     return False
 
 

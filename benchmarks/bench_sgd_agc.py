@@ -13,8 +13,9 @@ from torch import nn
 import nfnets_kernels as nfk
 from benchmarks import bench_agc, peers
 from benchmarks.bench_agc import CLIP_FACTOR, EPS, MODELS, ON_GPU_ONLY
+from benchmarks.checks import assert_all_close
 from benchmarks.goals import SEPARATE, TIMM_SEPARATE
-from benchmarks.harness import Comparison, Contestant, Session, assert_all_close, passed_over
+from benchmarks.harness import Comparison, Contestant, Session, passed_over
 
 BENCH = "sgd_agc"
 LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 0.1, 5e-5, 0.9999
@@ -75,16 +76,19 @@ def comparison(session: Session, title: str, averaged: bool) -> Comparison:
     def check(name: str, value: object) -> None:
         assert_all_close(f"{name}: parameters and states", state.results(), expected, tolerance=1e-5)
 
-    count = sum(param.numel() for param in params)
     return Comparison(
         bench=BENCH,
         case=f"{title}, all clipped{', with average' if averaged else ''}",
         contestants=contestants,
         check=check,
         setup=state.restore,
-        # Gradients are read; parameters, momentum and averages are read and written in place.
-        traffic={"read": 4 * count, "update": (24 if averaged else 16) * count},
+        traffic=traffic(sum(param.numel() for param in params), averaged),
     )
+
+
+def traffic(count: int, averaged: bool) -> dict[str, int]:
+    """Of so many parameters gradients are read; parameters, momentum and averages are read and written in place."""
+    return {"read": 4 * count, "update": (24 if averaged else 16) * count}
 
 
 def ours(session: Session, state: State) -> list[Contestant]:

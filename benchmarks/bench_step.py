@@ -1,9 +1,10 @@
-"""The whole training step and inference of ResNet-50 in four forms, from data in memory to updated parameters."""
+"""The whole training step and inference of ResNet-50 in five forms, from data in memory to updated parameters."""
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
@@ -11,57 +12,108 @@ import nfnets_kernels as nfk
 from benchmarks import peers
 from benchmarks import training as shared
 from benchmarks.bn_resnet import BNResNet
-from benchmarks.goals import TIMM, TORCHVISION, TWIN, compiled_case
-from benchmarks.harness import BenchmarkError, Comparison, Session, assert_all_close, assert_close
+from benchmarks.checks import BenchmarkError, assert_all_close, assert_close
+from benchmarks.forms import all_forms, verified
+from benchmarks.goals import RESNETV2, TIMM, TORCHVISION, TWIN, compiled_case
+from benchmarks.harness import Comparison, Session, Settings
 from benchmarks.training import CLASSES, CLIP_FACTOR, SGD, Batch, Network, clipped_parameters
+from nfnets_kernels.models.flops import count_flops
 
 BENCH = "step"
 OURS = "nfnets_kernels nf_resnet50"
+FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are called in the name of a case, and what autocast makes of them."""
+
+    name: str
+    dtype: torch.dtype
 
 
 def run(session: Session) -> None:
-    """Training and inference, in float32 and under bfloat16 autocast."""
+    """Training and inference in every precision and memory format; then what takes minutes to compile."""
     settings = session.settings
-    torch.manual_seed(settings.seed)
     # As training scripts do, on a GPU: cuDNN then takes the algorithms that are fastest for these shapes.
     torch.backends.cudnn.benchmark = settings.on_gpu
-    single = "float32, TF32 convolutions" if settings.on_gpu and torch.backends.cudnn.allow_tf32 else "float32"
-    networks = make_networks(settings.device)
-    batch = Batch.random(settings.device, settings.batch_size, settings.image_size)
-    for title, autocast in session.track([(single, False), ("bfloat16 autocast", True)], BENCH):
-        session.compare(training(title, networks, replace(batch, autocast=autocast)))
-        session.compare(inference(title, networks, replace(batch, autocast=autocast)))
-    if settings.on_gpu:  # last, since compiling takes minutes
-        session.compare(training_compiled("bfloat16 autocast", networks[:3], replace(batch, autocast=True)))
+    for layout, precision in session.track(list(variants(settings)), BENCH):
+        torch.manual_seed(settings.seed)
+        networks = make_networks(settings.device, FORMATS[layout])
+        batch = Batch.random(
+            settings.device, settings.batch_size, settings.image_size, precision.dtype, FORMATS[layout]
+        )
+        name = precision.name if layout == "NHWC" else f"{precision.name}, {layout}"
+        session.compare(training(session, name, networks, batch))
+        session.compare(inference(name, networks, batch))
+        if compiles(settings, layout, precision):
+            session.compare(training(session, name, networks, batch, compile_too=True))
 
 
-def make_networks(device: str) -> list[Network]:
-    """The four networks; ours first."""
-    return [
+def variants(settings: Settings) -> Iterator[tuple[str, Precision]]:
+    """Layouts and precisions. float16 is for GPUs: CPUs without AMX-FP16 multiply it no faster than float32."""
+    tf32 = settings.on_gpu and torch.backends.cudnn.allow_tf32
+    precisions = [
+        Precision("float32, TF32 convolutions" if tf32 else "float32", torch.float32),
+        Precision("bfloat16 autocast", torch.bfloat16),
+    ]
+    if settings.on_gpu and not settings.quick:
+        precisions.append(Precision("float16 autocast", torch.float16))
+    for layout in ("NHWC",) if settings.quick else FORMATS:
+        for precision in precisions:
+            yield layout, precision
+
+
+def compiles(settings: Settings, layout: str, precision: Precision) -> bool:
+    """Whether torch.compile, which takes minutes, is compared too: on a GPU even quickly in bfloat16."""
+    return layout == "NHWC" and (not settings.quick or (settings.on_gpu and precision.dtype == torch.bfloat16))
+
+
+def make_networks(device: str, memory_format: torch.memory_format = torch.channels_last) -> list[Network]:
+    """The five networks; ours first."""
+    networks = [
         shared.clipped_by_ours(OURS, nfk.models.nf_resnet50(num_classes=CLASSES), device),
         shared.clipped_by_timm(TIMM, peers.create_model("nf_resnet50", num_classes=CLASSES), device),
         shared.unclipped(TWIN, BNResNet(num_classes=CLASSES), device),
         shared.unclipped(TORCHVISION, peers.resnet50(num_classes=CLASSES), device),
+        shared.unclipped(RESNETV2, peers.create_model("resnetv2_50", num_classes=CLASSES), device),
     ]
+    for network in networks:
+        network.model.to(memory_format=memory_format)  # type: ignore[call-overload]  # not in its stub
+    return networks
 
 
-def training(title: str, networks: list[Network], batch: Batch) -> Comparison:
-    """A step of each network; ours must also clip as timm does."""
-    comparison = shared.training(BENCH, f"training step, {batch}, {title}", networks, batch)
+@cache
+def multiply_adds(image_size: int) -> int:
+    """Those of ours; the others' differ by a hundredth."""
+    return count_flops(nfk.models.nf_resnet50(num_classes=CLASSES), image_size)
+
+
+def training(
+    session: Session, title: str, networks: Sequence[Network], batch: Batch, compile_too: bool = False
+) -> Comparison:
+    """A step of each network in all forms; ours must have the reference's gradients and clip as timm does."""
+    if compile_too:  # three networks: an hour for all of them on a CPU
+        networks = networks[:3]
+    forms = {
+        form.name: (form, network) for network in networks for form in all_forms(network, session.settings, compile_too)
+    }
+    case = f"training step, {batch}, {title}"
+    comparison = verified(
+        shared.training(
+            BENCH, compiled_case(case) if compile_too else case, [form for form, _ in forms.values()], batch
+        ),
+        forms,
+        batch,
+    )
 
     def check(name: str, value: object) -> None:
         comparison.check(name, value)
         if name == OURS:
             check_update(networks[0], batch)
 
-    return replace(comparison, check=check)
-
-
-def training_compiled(title: str, networks: list[Network], batch: Batch) -> Comparison:
-    """A step of ours, and of each network under torch.compile."""
-    contestants = [networks[0], *map(shared.compiled, networks)]
-    case = compiled_case(f"training step, {batch}, {title}")
-    return shared.training(BENCH, case, contestants, batch, optional=True)
+    operations = batch.operations(multiply_adds(session.settings.image_size), passes=3)
+    return replace(comparison, check=check, operations=operations)
 
 
 def check_update(network: Network, batch: Batch) -> None:
@@ -69,7 +121,7 @@ def check_update(network: Network, batch: Batch) -> None:
     optimizer = network.optimizer
     assert optimizer is not None
     optimizer.zero_grad(set_to_none=True)
-    F.cross_entropy(batch.forward(network.model), batch.labels).backward()
+    batch.loss(network.model).backward()
     params = list(network.model.parameters())
     if without := sum(param.grad is None for param in params):
         raise BenchmarkError(f"{network.name}: {without} parameters received no gradient")
@@ -93,27 +145,31 @@ def twin_of(param: nn.Parameter) -> nn.Parameter:
     return twin
 
 
-def inference(title: str, networks: list[Network], batch: Batch) -> Comparison:
+def inference(title: str, networks: Sequence[Network], batch: Batch) -> Comparison:
     """The forward pass of each network; BatchNorm also folded into the convolutions before it."""
     # The cached weights of eval mode must be those of training mode, and there is no dropout to tell them apart.
     expected = batch.infer(networks[0].model.train())
-    folded = [
-        Network(f"{network.name}, BatchNorm folded", fuse(network.model.eval()))
-        for network in networks
-        if is_batch_normalized(network.model)
-    ]
-    comparison = shared.inference(BENCH, f"inference, {batch}, {title}", [*networks, *folded], batch)
+    forms = [*networks, *filter(None, map(folded, networks))]
+    comparison = shared.inference(BENCH, f"inference, {batch}, {title}", forms, batch)
+    operations = batch.operations(multiply_adds(batch.images.shape[-1]), passes=1)
 
     def check(name: str, value: object) -> None:
         comparison.check(name, value)
         if name == OURS and isinstance(value, torch.Tensor):
             # TF32, which cuDNN takes for float32, has hardly more digits than bfloat16.
-            rounded = batch.autocast or batch.images.is_cuda
+            rounded = batch.dtype != torch.float32 or batch.images.is_cuda
             assert_close(f"{name}: logits", value, expected, tolerance=1e-2 if rounded else 1e-4)
 
-    return replace(comparison, check=check)
+    return replace(comparison, check=check, operations=operations)
 
 
-def is_batch_normalized(model: nn.Module) -> bool:
-    """Whether the network has BatchNorm layers."""
-    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+def folded(network: Network) -> Network | None:
+    """The network with BatchNorm folded into the convolutions before it, where torch finds any to fold."""
+    before = batch_norms(network.model)
+    model = fuse(network.model.eval()) if before else network.model
+    return Network(f"{network.name}, BatchNorm folded", model) if batch_norms(model) < before else None
+
+
+def batch_norms(model: nn.Module) -> int:
+    """The number of BatchNorm layers."""
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())

@@ -36,6 +36,27 @@ class Convolutions:
         """Everything with a gradient."""
         return self.weights + self.gains
 
+    def together(self, dtype: torch.dtype, backend: str = "auto") -> Sequence[torch.Tensor]:
+        """All in one launch."""
+        return nfk.functional.weight_standardize_many(
+            self.weights, self.gains, scales=self.scales, eps=self.eps, eps_form="add", dtype=dtype, backend=backend
+        )
+
+    def one_by_one(self, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        """A launch for each."""
+        return [
+            nfk.functional.weight_standardize(weight, gain, scale=scale, eps=self.eps, eps_form="add", dtype=dtype)
+            for weight, gain, scale in zip(self.weights, self.gains, self.scales, strict=True)
+        ]
+
+    def by_timm(self, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        """As timm does it."""
+        return [
+            # The scale of timm's module holds the 1 / sqrt(fan-in) that is part of our op.
+            peers.timm_weight(weight, gain, scale * weight[0].numel() ** -0.5, self.eps).to(dtype)
+            for weight, gain, scale in zip(self.weights, self.gains, self.scales, strict=True)
+        ]
+
 
 def run(session: Session) -> None:
     """Every output format in every direction."""
@@ -51,32 +72,12 @@ def comparison(session: Session, title: str, name: str, direction: str) -> Compa
     dtype, memory_format = FORMATS[name]
     convs = make_convolutions(MODELS[title], session.settings.device, memory_format)
 
-    def together(backend: str = "auto") -> Sequence[torch.Tensor]:
-        return nfk.functional.weight_standardize_many(
-            convs.weights, convs.gains, scales=convs.scales, eps=convs.eps, eps_form="add", dtype=dtype, backend=backend
-        )
-
-    def one_by_one() -> Sequence[torch.Tensor]:
-        return [
-            nfk.functional.weight_standardize(weight, gain, scale=scale, eps=convs.eps, eps_form="add", dtype=dtype)
-            for weight, gain, scale in zip(convs.weights, convs.gains, convs.scales, strict=True)
-        ]
-
-    def timm_path() -> Sequence[torch.Tensor]:
-        return [
-            # The scale of timm's module holds the 1 / sqrt(fan-in) that is part of our op.
-            peers.timm_weight(weight, gain, scale * weight[0].numel() ** -0.5, convs.eps).to(dtype)
-            for weight, gain, scale in zip(convs.weights, convs.gains, convs.scales, strict=True)
-        ]
-
     grad_outputs = [torch.randn_like(weight, dtype=dtype) for weight in convs.weights]
 
     def directed(standardize: Standardize) -> Standardize:
         return timed(direction, standardize, convs.inputs, grad_outputs)
 
-    # Half a unit in the last place of the output type, generously, and float32 sums over up to 4,608 weights.
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-
+    together, timm_path = partial(convs.together, dtype), partial(convs.by_timm, dtype)
     ops = [BENCH]
     contestants = [
         Contestant("weight_standardize_many", directed(together), "ours", ops),
@@ -90,7 +91,7 @@ def comparison(session: Session, title: str, name: str, direction: str) -> Compa
             )
             for backend in passed_over(BENCH, session.settings)
         ),
-        Contestant("weight_standardize, one by one", directed(one_by_one), "ours", ops),
+        Contestant("weight_standardize, one by one", directed(partial(convs.one_by_one, dtype)), "ours", ops),
         Contestant("timm weight path", directed(timm_path)),
     ]
     if direction != BACKWARD and not session.settings.quick:
@@ -100,7 +101,7 @@ def comparison(session: Session, title: str, name: str, direction: str) -> Compa
         bench=BENCH,
         case=f"{title}, {name}, {direction}",
         contestants=contestants,
-        check=check_against(directed(timm_path)(), tolerance),
+        check=check_against(directed(timm_path)(), tolerance(dtype)),
         traffic=traffic(convs, dtype, direction),
     )
 
@@ -118,6 +119,11 @@ def make_convolutions(model: str, device: str, memory_format: torch.memory_forma
         scales=[m.scale * m.weight[0].numel() ** 0.5 for m in modules],
         eps=modules[0].eps,
     )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Half a unit in the last place of the output type, generously, and float32 sums over up to 4,608 weights."""
+    return 1e-5 if dtype == torch.float32 else 1e-2
 
 
 def traffic(convs: Convolutions, dtype: torch.dtype, direction: str) -> dict[str, int]:

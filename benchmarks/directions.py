@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import BenchmarkError, assert_all_close
+from benchmarks.checks import BenchmarkError, assert_all_close
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
 Function = Callable[[], Sequence[Tensor]]

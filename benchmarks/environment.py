@@ -6,12 +6,15 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from benchmarks.clocks import cache_bytes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -34,6 +37,10 @@ class Environment:
     commit: str
     dirty: bool
     keeps_memory: bool = False
+    triton: str = "unknown"
+    cuda: str | None = None
+    cache_bytes: int = 0
+    clocks: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def record(cls, device: str, keeps_memory: bool) -> "Environment":
@@ -54,6 +61,10 @@ class Environment:
             # Results land inside the checkout, so they must not count as a change of the code that made them.
             dirty=bool(_git("--no-optional-locks", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
             keeps_memory=keeps_memory,
+            triton=_version("triton"),
+            cuda=torch.version.cuda,
+            cache_bytes=cache_bytes(device),
+            clocks=gpu_clocks(device) if device.startswith("cuda") else cpu_clocks(),
         )
 
     @property
@@ -81,6 +92,32 @@ def cpu_name() -> str:
         if match:
             return match.group(1).strip()
     return platform.processor() or platform.machine()
+
+
+GPU_CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "driver_version")
+
+
+def gpu_clocks(device: str) -> dict[str, str]:
+    """Clocks, power limit and driver as they are found; nothing is changed. Empty without nvidia-smi."""
+    index = torch.device(device).index or 0
+    query = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(index).uuid}", "--format=csv,noheader"]
+    found = _output(*query, f"--query-gpu={','.join(GPU_CLOCKS)}")
+    return dict(zip(GPU_CLOCKS, found.split(", "), strict=True)) if found else {}
+
+
+def cpu_clocks() -> dict[str, str]:
+    """Frequency and governor as they are found, on a virtual machine maybe the nominal ones; nothing is changed."""
+    return dict(_cpu_clocks())
+
+
+def _cpu_clocks() -> Iterator[tuple[str, str]]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.findall(r"^cpu MHz\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        megahertz = [float(one) for one in found]
+        yield "MHz", f"{min(megahertz):.0f} to {max(megahertz):.0f}"
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if governor.exists():
+        yield "governor", governor.read_text().strip()
 
 
 def keep_freed_memory() -> bool:
@@ -117,8 +154,13 @@ def _version(package: str) -> str:
 
 def _git(*arguments: str) -> str:
     """The output of a git command in this repository, empty where there is no git or no repository."""
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> str:
+    """What a command prints, empty where it is missing or fails."""
     try:
-        finished = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return finished.stdout.strip()

@@ -63,7 +63,7 @@ class Goal:
             share = ours.peak_bytes / theirs.peak_bytes
             text = f"{ours.peak_bytes / 1e6:.0f} MB, {share:.3f}x the {theirs.peak_bytes / 1e6:.0f} MB"
             return text, share <= self.at_most_memory
-        fraction = ours.bandwidth_fraction or 0.0
+        fraction = ours.floor_fraction or 0.0
         return f"{fraction:.1%}", fraction >= (self.at_least_bandwidth or 0.0)
 
 
@@ -75,6 +75,7 @@ STUBBED = "host time, launch stubbed"
 TWIN = "BatchNorm twin"
 TIMM = "timm nf_resnet50"
 TORCHVISION = "torchvision resnet50"
+RESNETV2 = "timm resnetv2_50"
 TIMM_F0 = "timm dm_nfnet_f0"
 COMPILED = "{}, torch.compile"
 ACCELERATED = "{}, accelerated"

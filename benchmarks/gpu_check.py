@@ -1,7 +1,7 @@
 """Everything there is to check on a CUDA machine, in 8 minutes: ``python -m benchmarks.gpu_check OUTDIR``.
 
 Every stage is a process with its own log and time limit; one that fails does not stop the next. What is left in OUTDIR:
-a log per stage, the tests' JUnit files, ``results/`` of the benchmarks and ``summary.json``.
+a log per stage, the tests' JUnit files, ``results/`` of the benchmarks with their report, and ``summary.json``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OP_TESTS = (
     *("weight_standardize", "scaled_activation", "residual"),
 )
 # The one that compiles hundreds of tensors for a peer comes last.
-OP_BENCHES = ("weight_standardize", "host", "scaled_activation", "residual", "step", "sgd_agc", "agc")
+OP_BENCHES = ("weight_standardize", "host", "scaled_activation", "residual", "in_step", "step", "sgd_agc", "agc")
 PYTHON = (sys.executable, "-u", "-m")
 
 
@@ -80,7 +80,8 @@ def stages(folder: Path, capability: str) -> list[Stage]:
         Stage("benchmarks", (*PYTHON, "benchmarks", "--device", "cuda", "--quick", "--output", results,
                              "--only", *OP_BENCHES), 180, least=30,
               modules=("timm", "torchvision", "rich", "matplotlib")),
-        Stage("report", (*PYTHON, "benchmarks.report", results), 20, modules=("rich", "matplotlib")),
+        Stage("report", (*PYTHON, "benchmarks", "report", results, "--output", str(folder)), 20,
+              modules=("rich", "matplotlib", "jinja2")),
         *(test_stage(name, folder) for name in OP_TESTS),
         Stage("memcheck_triton", (*sanitizer("memcheck"), "--cases", "12", "--backends", "triton"), 90, least=20,
               environment=uncached),

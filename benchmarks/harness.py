@@ -1,12 +1,11 @@
 """Interleaved A/B timing of contestants that are first shown to compute the same thing with the backend they claim."""
 
-import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,19 +13,28 @@ from rich.progress import Progress
 from torch import nn
 
 import nfnets_kernels as nfk
-from benchmarks.clocks import Call, Clock, captured, host_clock, is_gpu, make_clock, peak_memory
+from benchmarks.ceilings import floor, measure_bandwidth, measure_matmul
+from benchmarks.checks import BenchmarkError, served_by
+from benchmarks.clocks import (
+    Call,
+    Eviction,
+    Rotation,
+    captured,
+    host_clock,
+    interleave,
+    is_gpu,
+    make_clock,
+    peak_memory,
+    wall_clock,
+)
 from benchmarks.environment import other_cpu_seconds
 from benchmarks.memory import peak_tensor_memory
-from benchmarks.results import Incident, Method, ModelFigures, Results, Role, Timing, Training
+from benchmarks.results import Cache, Incident, Method, ModelFigures, Results, Role, Timing, Training
 
 Item = TypeVar("Item")
 
 # Cores that other processes may keep busy during a timing before it is called disturbed.
 DISTURBANCE = 0.2
-
-
-class BenchmarkError(Exception):
-    """A comparison that must not be reported."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ class Contestant:
 
     ``ops`` are the package's ops that it must run, on the backend that ``backend`` asks for; a peer must run none. An
     ``optional`` contestant that cannot run here is left out with the reason, such as torch.compile without a C++
-    compiler.
+    compiler. What the first call of a ``compiled`` one takes is told apart. ``graphed`` decides for one contestant
+    what ``Comparison.graphed`` decides for all; it is then nothing else: left out if it cannot be captured.
+    ``verified_by``: another call of the same work, of which it can be seen whether it is right.
     """
 
     name: str
@@ -76,18 +86,34 @@ class Contestant:
     ops: Sequence[str] = ()
     optional: bool = False
     backend: str = "auto"
+    compiled: bool = False
+    graphed: bool = False
+    verified_by: Call | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """The value of what is varied over several comparisons, such as the number of parameters."""
+
+    sweep: str
+    at: float
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Contestants for the same work; the first one is ours, where there is one.
 
-    ``setup`` runs untimed before every call of every contestant. ``check(name, value)`` gets what a contestant
-    returned and raises ``BenchmarkError`` when it is wrong. ``traffic`` counts the unavoidable bytes by kind of access:
-    "read", "copy" (read from one place and write to another) and "update" (read and write in place). On a GPU the
-    contestants' work is replayed from CUDA graphs, where ``graphed`` and possible, and called otherwise; or, if
-    ``on_host``, what is timed is not the work but the call, until it returns. The memory that a call needs is measured
-    on a GPU, and with ``memory`` on a CPU too. ``rounds`` are for work so long that nothing more is to be warmed up.
+    ``setup`` runs untimed before every call of every contestant. ``cache``: whether what a call works on is then
+    evicted from the last-level cache, or left as it is. ``check(name, value)`` gets what a contestant returned and
+    raises ``BenchmarkError`` when it is wrong.
+
+    ``traffic`` counts the unavoidable bytes by kind of access: "read", "copy" (read from one place and write to
+    another) and "update" (read and write in place); ``operations`` those of matrix products and convolutions, by dtype.
+
+    On a GPU the contestants' work is replayed from CUDA graphs, where ``graphed`` and possible, and called otherwise;
+    or, if ``on_host``, what is timed is not the work but the call, until it returns. The memory that a call needs is
+    measured on a GPU, and with ``memory`` on a CPU too. ``rounds`` are for work so long that nothing more is to be
+    warmed up.
     """
 
     bench: str
@@ -95,7 +121,10 @@ class Comparison:
     contestants: Sequence[Contestant]
     check: Callable[[str, object], None]
     setup: Callable[[], None] = lambda: None
+    cache: Cache = "cold"
     traffic: Mapping[str, int] = field(default_factory=dict)
+    operations: Mapping[str, int] = field(default_factory=dict)
+    point: Point | None = None
     graphed: bool = True
     on_host: bool = False
     memory: bool = False
@@ -110,51 +139,10 @@ class Entrant:
     backend: str
     run: Call
     method: Method = "calls"
+    calls: int = 1
+    """how many calls one of ``run`` makes"""
     peak_bytes: int | None = None
-
-
-def assert_close(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Raise ``BenchmarkError`` unless ``actual`` is within ``tolerance`` of ``expected``, relative to its norm."""
-    if actual.shape != expected.shape:
-        raise BenchmarkError(f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
-    # The float64 norm of a float32 difference: large tensors would lose digits in a float32 sum.
-    error = torch.linalg.vector_norm(actual.float() - expected.float(), dtype=torch.float64).item()
-    scale = torch.linalg.vector_norm(expected, dtype=torch.float64).item()
-    if not error <= tolerance * max(scale, torch.finfo(torch.float32).tiny):
-        raise BenchmarkError(f"{what}: differs from the reference by {error:.2e} with a norm of {scale:.2e}")
-
-
-def assert_all_close(
-    what: str, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float
-) -> None:
-    """``assert_close`` for each pair of two lists."""
-    if len(actual) != len(expected):
-        raise BenchmarkError(f"{what}: {len(actual)} tensors instead of {len(expected)}")
-    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(f"{what}[{index}]", one, other, tolerance)
-
-
-def served_by(
-    name: str,
-    role: Role,
-    ops: Iterable[str],
-    executed: Iterable[tuple[str, str]],
-    device: str,
-    backend: str = "auto",
-) -> str:
-    """The backends that served a contestant, after asserting that it ran what it should, where the package promised."""
-    ran: dict[str, set[str]] = {}
-    for op, served in executed:
-        ran.setdefault(op, set()).add(served)
-    if missing := set(ops) - set(ran):
-        raise BenchmarkError(f"{name}: did not run {sorted(missing)}")
-    if ran and role != "ours":
-        raise BenchmarkError(f"{name}: ran {sorted(ran)} of nfnets_kernels, so it is no peer")
-    for op, backends in ran.items():
-        promised = nfk.backend.serving(op, torch.device(device).type, backend)
-        if backends != {promised}:
-            raise BenchmarkError(f"{name}: {op} ran on {sorted(backends)} instead of {promised}")
-    return "+".join(sorted(set().union(*ran.values())))
+    compile_s: float | None = None
 
 
 def passed_over(op: str, settings: Settings) -> list[str]:
@@ -166,47 +154,9 @@ def passed_over(op: str, settings: Settings) -> list[str]:
     return [name for name in usable if name != nfk.backend.serving(op, device)]
 
 
-def interleave(
-    runs: Sequence[Call],
-    rounds: int,
-    clock: Clock,
-    setup: Callable[[], None] = lambda: None,
-    advance: Callable[[], None] = lambda: None,
-) -> list[list[float]]:
-    """Time A B A B ...: a change of the machine's speed then meets all contestants alike."""
-    samples: list[list[float]] = [[] for _ in runs]
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for run, times in zip(runs, samples, strict=True):
-                setup()
-                times.append(clock(run))
-            advance()
-    finally:
-        gc.enable()
-    return samples
-
-
 def to_channels_last(model: nn.Module, device: str) -> nn.Module:
     """Move a network to a device in the memory format that convolutions are fastest in."""
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub
-
-
-def measure_bandwidth(device: str, clock: Clock, elements: int = 1 << 26) -> dict[str, float]:
-    """Bytes per second that torch's own kernels reach on large float32 tensors, by kind of access."""
-    source = torch.ones(elements, device=device)
-    target = torch.ones(elements, device=device)
-    accesses: dict[str, tuple[Call, int]] = {
-        "read": (source.sum, 4),
-        "copy": (lambda: target.copy_(source), 8),
-        "update": (lambda: target.mul_(1.0), 8),
-    }
-    samples = interleave([run for run, _ in accesses.values()], rounds=13, clock=clock)
-    return {
-        kind: bytes_each * elements / float(np.median(times))
-        for (kind, (_, bytes_each)), times in zip(accesses.items(), samples, strict=True)
-    }
 
 
 class Session:
@@ -218,15 +168,21 @@ class Session:
         self.folder = folder
         self.progress = progress
         self.clock = make_clock(settings.device)
+        self.evict = Eviction(settings.device)
+        # Graphs that never run at the same time can share their memory.
+        self.graph_pool: Any = torch.cuda.graph_pool_handle() if settings.on_gpu else None
         results.bandwidth = measure_bandwidth(settings.device, self.clock)
+        results.matmul = measure_matmul(settings.device, self.clock)
 
     def track(self, items: Sequence[Item], description: str) -> Iterator[Item]:
         """Iterate with a progress bar that goes away at the end."""
         task = self.progress.add_task(description, total=len(items))
-        for item in items:
-            yield item
-            self.progress.advance(task)
-        self.progress.remove_task(task)
+        try:
+            for item in items:
+                yield item
+                self.progress.advance(task)
+        finally:
+            self.progress.remove_task(task)
 
     def compare(self, comparison: Comparison) -> None:
         """Verify, time and record a comparison; one that fails verification is recorded as failed, without figures."""
@@ -272,34 +228,48 @@ class Session:
                 comparison.setup()
                 measure = peak_memory if self.settings.on_gpu else peak_tensor_memory
                 entrant = replace(entrant, peak_bytes=measure(entrant.run))
-            if self.settings.on_gpu and comparison.graphed and not comparison.on_host:
-                entrant = self._capture(comparison, entrant)
-            entrants.append(entrant)
+            captures = contestant.graphed or (comparison.graphed and not comparison.on_host)
+            captured_entrant = self._capture(comparison, entrant) if self.settings.on_gpu and captures else entrant
+            if captured_entrant is not None:
+                entrants.append(captured_entrant)
         return entrants
 
     def _run_checked(self, comparison: Comparison, contestant: Contestant) -> Entrant:
         name, role = contestant.name, contestant.role
         comparison.setup()
         with nfk.backend.recording() as executed:
+            start = time.perf_counter()
             value = contestant.run()
+            seconds = time.perf_counter() - start
+            if isinstance(contestant.run, Rotation):  # what is set up in the first call on some data is not timed
+                contestant.run.all()
+            if contestant.verified_by is not None:
+                value = contestant.verified_by()
         backend = served_by(name, role, contestant.ops, executed, self.settings.device, contestant.backend)
         if role != "ceiling":
             comparison.check(name, value)
-        return Entrant(contestant, backend, contestant.run, "host" if comparison.on_host else "calls")
+        method: Method = "host" if comparison.on_host else "calls"
+        compile_s = seconds if contestant.compiled else None
+        return Entrant(contestant, backend, contestant.run, method, compile_s=compile_s)
 
-    def _capture(self, comparison: Comparison, entrant: Entrant) -> Entrant:
-        """Capture a call in a CUDA graph whose replay is as right; where that fails, calls stay what is timed."""
-        contestant = entrant.contestant
+    def _capture(self, comparison: Comparison, entrant: Entrant) -> Entrant | None:
+        """Capture a call in a CUDA graph whose replay is as right.
+
+        Where that fails, calls stay what is timed, or nothing of a contestant that is to be a graph.
+        """
+        contestant, run = entrant.contestant, entrant.run
+        rotates = isinstance(run, Rotation)
         try:
-            run = captured(entrant.run)
+            replay = captured(run.all if isinstance(run, Rotation) else run, self.graph_pool)
         except Exception as error:
-            self._report_skipped(comparison, contestant, "calls are timed, ", error)
-            return entrant
+            self._report_skipped(comparison, contestant, "" if contestant.graphed else "calls are timed, ", error)
+            return None if contestant.graphed else entrant
         comparison.setup()
-        value = run()
-        if contestant.role != "ceiling":
+        value = replay()
+        if contestant.role != "ceiling" and not rotates:
             comparison.check(f"{contestant.name}, replayed", value)
-        return replace(entrant, run=run, method="graph")
+        calls = len(run.calls) if isinstance(run, Rotation) else 1
+        return replace(entrant, run=replay, method="graph", calls=calls)
 
     def _report_skipped(self, comparison: Comparison, contestant: Contestant, what: str, error: Exception) -> None:
         reason = f"{contestant.name}: {what}{(str(error) or type(error).__name__).splitlines()[0]}"
@@ -311,21 +281,39 @@ class Session:
         """Samples of every entrant and, on a GPU, of what its calls take on the host."""
         runs = [entrant.run for entrant in entrants]
         clock = host_clock if comparison.on_host and self.settings.on_gpu else self.clock
-        fewest, most = self.settings.round_limits
-        rounds = comparison.rounds
-        if rounds is None:
-            warm_up = interleave(runs, 2, clock, comparison.setup)
-            affordable = int(self.settings.seconds / sum(times[-1] for times in warm_up))
-            rounds = min(max(affordable, fewest), most)
-        rounds = self.settings.rounds or rounds
+        before = self._before(comparison, entrants)
+        rounds = self._rounds(comparison, entrants)
         task = self.progress.add_task(f"  {comparison.case}", total=rounds)
-        with self._watch_other_processes(comparison):
-            samples = interleave(runs, rounds, clock, comparison.setup, lambda: self.progress.advance(task))
-        self.progress.remove_task(task)
+        try:
+            with self._watch_other_processes(comparison):
+                samples = interleave(runs, rounds, clock, before, lambda: self.progress.advance(task))
+        finally:
+            self.progress.remove_task(task)
         if comparison.on_host or not self.settings.on_gpu:
             return samples, None
         calls = [entrant.contestant.run for entrant in entrants]
-        return samples, interleave(calls, max(fewest, rounds // 5), host_clock, comparison.setup)
+        return samples, interleave(calls, max(self.settings.round_limits[0], rounds // 5), host_clock, comparison.setup)
+
+    def _before(self, comparison: Comparison, entrants: Sequence[Entrant]) -> Callable[[], None]:
+        """What precedes every timed call: the setup, and the eviction unless the contestants rotate."""
+        rotate = all(isinstance(entrant.contestant.run, Rotation) for entrant in entrants)
+
+        def before() -> None:
+            comparison.setup()
+            if comparison.cache == "cold" and not rotate:
+                self.evict()
+
+        return before
+
+    def _rounds(self, comparison: Comparison, entrants: Sequence[Entrant]) -> int:
+        """How many rounds the time allows; the warm-up shows what one takes with all that precedes its calls."""
+        if comparison.rounds is not None:
+            return self.settings.rounds or comparison.rounds
+        runs, before = [entrant.run for entrant in entrants], self._before(comparison, entrants)
+        fewest, most = self.settings.round_limits
+        interleave(runs, 1, self.clock, before)
+        seconds = wall_clock(lambda: interleave(runs, 1, self.clock, before))
+        return self.settings.rounds or min(max(int(self.settings.seconds / seconds), fewest), most)
 
     @contextmanager
     def _watch_other_processes(self, comparison: Comparison) -> Iterator[None]:
@@ -345,27 +333,31 @@ class Session:
         samples: Sequence[list[float]],
         host_samples: Sequence[list[float]] | None,
     ) -> None:
-        ours = float(np.median(samples[0]))
-        ideal = sum(count / self.results.bandwidth[kind] for kind, count in comparison.traffic.items())
+        ours = float(np.median(samples[0])) / entrants[0].calls
+        ideal, bound = floor(comparison.traffic, comparison.operations, self.results)
         for index, (entrant, times) in enumerate(zip(entrants, samples, strict=True)):
-            p20, median, p80 = (float(value) for value in np.percentile(times, [20, 50, 80]))
-            role = entrant.contestant.role
+            p20, median, p80 = (float(value) / entrant.calls for value in np.percentile(times, [20, 50, 80]))
             self.results.timings.append(
                 Timing(
                     bench=comparison.bench,
                     case=comparison.case,
                     contestant=entrant.contestant.name,
-                    role=role,
+                    role=entrant.contestant.role,
                     backend=entrant.backend,
                     rounds=len(times),
                     median_ms=1e3 * median,
                     p20_ms=1e3 * p20,
                     p80_ms=1e3 * p80,
                     relative_time=median / ours,
-                    bandwidth_fraction=ideal / median if ideal and role != "ceiling" else None,
+                    floor_ms=None if ideal is None else 1e3 * ideal,
+                    bound=bound,
                     traffic_bytes=sum(comparison.traffic.values()),
                     method=entrant.method,
+                    cache=comparison.cache,
                     host_ms=1e3 * float(np.median(host_samples[index])) if host_samples else None,
                     peak_bytes=entrant.peak_bytes,
+                    compile_s=entrant.compile_s,
+                    sweep=comparison.point.sweep if comparison.point else "",
+                    at=comparison.point.at if comparison.point else None,
                 )
             )

@@ -1,8 +1,13 @@
-"""Plots of the results, one PNG per bench."""
+"""Plots of the results, one per bench."""
 
 import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -12,9 +17,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.results import BENCHES, ModelFigures, Results, Role, Timing, Training
+from benchmarks.tables import milliseconds
 
 COLOURS: dict[Role, str] = {"ours": "#1b7f5c", "peer": "#9aa5b1", "ceiling": "#c8553d"}
 TRAINING_COLOURS = (COLOURS["ours"], "#d9a441", COLOURS["ceiling"], COLOURS["peer"])
@@ -25,23 +32,50 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "savefig.dpi": 150,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "nfnets_kernels",  # and the file the same
 }
+PEER_COLOURS = (COLOURS["peer"], "#d9a441", "#5b8fd0", "#a47fc4", "#c77f9a")
+OUR_COLOURS = (COLOURS["ours"], "#6cc5a1", "#3f9fa3")
+FLOORS = {"memory": "memory bandwidth", "matmul": "matrix products"}
 
 
-def save_plots(results: Results, folder: Path) -> None:
-    """Plot every bench that has figures."""
+def drawings(results: Results) -> dict[str, Callable[[], Figure]]:
+    """What draws the plot of a bench, by bench, for all that have figures to plot."""
+    machine = results.environment.machine
+    found: dict[str, Callable[[], Figure]] = {}
+    for bench, title in BENCHES.items():
+        if bench not in ("models", "scaling") and (cases := results.cases(bench)):
+            found[bench] = partial(plot_timings, title, machine, cases)
+    if results.trainings:
+        found["convergence"] = partial(plot_trainings, results)
+    if any(results.times(model)[0] for model in results.models):
+        found["models"] = partial(plot_models, results)
+    if sweeps := results.sweeps():
+        found["scaling"] = partial(plot_sweeps, machine, sweeps)
+    return found
+
+
+def save_png(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a plot into a file."""
     with plt.rc_context(STYLE):
-        for bench, title in BENCHES.items():
-            cases = results.cases(bench)
-            if cases and bench != "models":
-                plot_timings(title, results.environment.machine, cases, folder / f"{bench}.png")
-        if results.trainings:
-            plot_trainings(results, folder / "convergence.png")
-        if any(results.times(model)[0] for model in results.models):
-            plot_models(results, folder / "models.png")
+        figure = draw()
+        figure.savefig(path)
+        plt.close(figure)
 
 
-def plot_timings(title: str, machine: str, cases: dict[str, list[Timing]], path: Path) -> None:
+def svg(draw: Callable[[], Figure], name: str) -> str:
+    """A plot as an SVG element of a page: in the page's text colour, without a background, its ids in ``name``."""
+    with plt.rc_context(STYLE):
+        figure, stream = draw(), StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    element = stream.getvalue()
+    element = element[element.index("<svg") :].replace("#000000", "currentColor")
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", element)
+
+
+def plot_timings(title: str, machine: str, cases: dict[str, list[Timing]]) -> Figure:
     """A panel per case: a bar per contestant, whiskers from the 20th to the 80th percentile, ceilings as lines."""
     rows = (len(cases) + 1) // 2
     bars = max(sum(timing.role != "ceiling" for timing in timings) for timings in cases.values())
@@ -57,8 +91,7 @@ def plot_timings(title: str, machine: str, cases: dict[str, list[Timing]], path:
     ceilings, names = panels[0].get_legend_handles_labels()
     if ceilings:
         figure.legend(ceilings, names, frameon=False, ncols=len(names), loc="outside lower center")
-    figure.savefig(path)
-    plt.close(figure)
+    return figure
 
 
 def plot_case(axes: Axes, case: str, timings: list[Timing]) -> None:
@@ -72,18 +105,19 @@ def plot_case(axes: Axes, case: str, timings: list[Timing]) -> None:
     labels = [timing.contestant for timing in bars]
     axes.barh(labels, medians, xerr=whiskers, color=[COLOURS[timing.role] for timing in bars], height=0.65)
     for position, timing in enumerate(bars):
-        factor = "" if timing.role == "ours" else f"  ({timing.relative_time:.2f}x ours)"
-        axes.text(timing.p80_ms, position, f"  {timing.median_ms:.3g} ms{factor}", va="center", fontsize=8)
+        factor = "" if timing.role == "ours" else f" ({timing.relative_time:.2f}x ours)"
+        text, beside = f"{milliseconds(timing.median_ms)} ms{factor}", (timing.p80_ms, position)
+        axes.annotate(text, beside, xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     ceilings = [timing for timing in timings if timing.role == "ceiling"]
     for timing, linestyle in zip(ceilings, itertools.cycle(("--", ":"))):
         axes.axvline(timing.median_ms, color=COLOURS["ceiling"], linestyle=linestyle, label=timing.contestant)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(timing.p80_ms for timing in bars))
     axes.set_xlabel("ms")
-    axes.set_title(case)
+    axes.set_title(fill(case, width=60))
 
 
-def plot_trainings(results: Results, path: Path) -> None:
+def plot_trainings(results: Results) -> Figure:
     """Test accuracy by batch size, a line per contestant with the range of its seeds: all of it and its upper end."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     figure.suptitle(f"{BENCHES['convergence']} ({results.environment.machine})", fontweight="bold")
@@ -99,8 +133,7 @@ def plot_trainings(results: Results, path: Path) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_ylabel("test accuracy, %")
     panels[0].legend(frameon=False, loc="center right")
-    figure.savefig(path)
-    plt.close(figure)
+    return figure
 
 
 def plot_training(axes: Axes, runs_of: dict[int, list[Training]], colour: str) -> None:
@@ -114,7 +147,7 @@ def plot_training(axes: Axes, runs_of: dict[int, list[Training]], colour: str) -
         axes.plot(size, middle, "x" if any(run.diverged for run in runs) else "o", color=colour, markersize=5)
 
 
-def plot_models(results: Results, path: Path) -> None:
+def plot_models(results: Results) -> Figure:
     """What an image takes in a training step, against the published accuracy and against the multiply-adds."""
     times = {
         model: training.median_ms / model.batch_size
@@ -132,8 +165,7 @@ def plot_models(results: Results, path: Path) -> None:
     right.plot([], [], "o", color=COLOURS["ours"], label="nfnets_kernels")
     right.plot([], [], "o", color=COLOURS["peer"], label="peers")
     right.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
-    plt.close(figure)
+    return figure
 
 
 def plot_points(axes: Axes, points: dict[ModelFigures, tuple[float, float]]) -> None:
@@ -149,6 +181,59 @@ def plot_points(axes: Axes, points: dict[ModelFigures, tuple[float, float]]) -> 
     plain_numbers(axes.xaxis)
     axes.set_xlabel("training step, ms per image")
     axes.margins(x=0.25, y=0.1)
+
+
+def plot_sweeps(machine: str, sweeps: dict[str, dict[str, list[Timing]]]) -> Figure:
+    """A panel per sweep: time against what is varied, both logarithmic, with the floor."""
+    rows = (len(sweeps) + 1) // 2
+    figure, grid = plt.subplots(rows, 2, figsize=(12, 4 * rows + 0.5), squeeze=False, layout="constrained")
+    figure.suptitle(f"{BENCHES['scaling']} ({machine}); lower is faster", fontweight="bold")
+    panels = list(grid.flat)
+    for axes, (sweep, contestants) in zip(panels, sweeps.items(), strict=False):
+        plot_sweep(axes, sweep, contestants)
+    for axes in panels[len(sweeps) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def plot_sweep(axes: Axes, sweep: str, contestants: dict[str, list[Timing]]) -> None:
+    """A line per contestant with a band from the 20th to the 80th percentile, and the floor of every point."""
+    colours: dict[Role, Iterator[str]] = {
+        "ours": itertools.cycle(OUR_COLOURS),
+        "peer": itertools.cycle(PEER_COLOURS),
+        "ceiling": itertools.cycle([COLOURS["ceiling"]]),
+    }
+    for name, timings in contestants.items():
+        colour, points = next(colours[timings[0].role]), by_value(timings)
+        medians, low, high = (
+            [getattr(one, key) for one in points.values()] for key in ("median_ms", "p20_ms", "p80_ms")
+        )
+        axes.plot(list(points), medians, "o-", color=colour, markersize=3, lw=1.5, label=name)
+        axes.fill_between(list(points), low, high, color=colour, alpha=0.2, lw=0)
+    plot_floor(axes, list(itertools.chain(*contestants.values())))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        plain_numbers(axis)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel(sweep.split(": ")[-1])
+    axes.set_ylabel("ms")
+    axes.set_title(sweep)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def plot_floor(axes: Axes, timings: Sequence[Timing]) -> None:
+    """What the work takes at the ceilings, where that is known; all contestants of a point have the same."""
+    floors = {at: one.floor_ms for at, one in sorted(by_value(timings).items()) if one.floor_ms is not None}
+    bounds = dict.fromkeys(FLOORS[timing.bound] for timing in timings if timing.bound)
+    if floors:
+        label = f"floor: {' or '.join(bounds)}"
+        axes.plot(list(floors), list(floors.values()), "--", color=COLOURS["ceiling"], lw=1.2, label=label)
+
+
+def by_value(timings: Sequence[Timing]) -> dict[float, Timing]:
+    """Timings by the value of what is varied."""
+    return {timing.at: timing for timing in timings if timing.at is not None}
 
 
 def plain_numbers(axis: Axis) -> None:

@@ -15,14 +15,17 @@ BENCHES = {
     "scaled_activation": "Scaled activations",
     "residual": "Residual epilogue",
     "host": "Host time of one call",
+    "in_step": "Optimizer and weights within a training step",
     "step": "Training step and inference",
     "models": "Networks at the size they are trained at",
+    "scaling": "Cost as networks, batches and threads grow",
     "distributed": "Data parallel training step in two processes",
     "convergence": "Training on handwritten digits",
 }
 
 Role = Literal["ours", "peer", "ceiling"]
 Method = Literal["calls", "graph", "host"]
+Cache = Literal["cold", "in step"]
 NOT_MEASURED = "not measured yet"
 
 
@@ -30,13 +33,17 @@ NOT_MEASURED = "not measured yet"
 class Timing:
     """How long one contestant took for one case.
 
-    ``relative_time`` is its median over ours: 3.0 means that ours is three times as fast. ``bandwidth_fraction`` is the
-    share of the measured memory bandwidth that it reached, counting only the bytes the work cannot do without; it can
-    exceed 1 where data is still in a cache. ``traffic_bytes`` is their number.
+    ``relative_time`` is its median over ours: 3.0 means that ours is three times as fast. ``floor_ms`` is what the work
+    takes at the ceilings measured in the same process: its unavoidable bytes (``traffic_bytes``) at the bandwidth of
+    their kinds of access, or its multiply-adds at the rate of matrix products, whichever is more (``bound``).
+
+    ``cache``: a call found its data evicted from the last-level cache ("cold"), or as what precedes it in a training
+    step had left it ("in step").
 
     On a GPU the times are those of the device, for plain calls or for replays of a CUDA graph, or those of the host
     until a plain call returns (``method``); ``host_ms`` is the latter beside the former. ``peak_bytes``, where it was
-    measured, is the memory that a call needs at most.
+    measured, is the memory that a call needs at most. ``compile_s`` is what the first call of a compiled contestant
+    took. ``sweep`` and ``at``: what was varied over several cases, and its value in this one.
     """
 
     bench: str
@@ -49,11 +56,21 @@ class Timing:
     p20_ms: float
     p80_ms: float
     relative_time: float
-    bandwidth_fraction: float | None
+    floor_ms: float | None = None
+    bound: Literal["memory", "matmul"] | None = None
     traffic_bytes: int = 0
     method: Method = "calls"
+    cache: Cache = "in step"
     host_ms: float | None = None
     peak_bytes: int | None = None
+    compile_s: float | None = None
+    sweep: str = ""
+    at: float | None = None
+
+    @property
+    def floor_fraction(self) -> float | None:
+        """The share of the ceiling that was reached; above 1 where data was still in a cache."""
+        return None if self.floor_ms is None or self.role == "ceiling" else self.floor_ms / self.median_ms
 
 
 @dataclass(frozen=True)
@@ -122,10 +139,15 @@ class Incident:
 
 @dataclass
 class Results:
-    """Everything one run of the benchmarks measured. ``bandwidth`` is in bytes per second."""
+    """Everything one run of the benchmarks measured.
+
+    The ceilings: ``bandwidth`` in bytes per second by kind of access, ``matmul`` in operations per second by dtype, a
+    multiply-add being two.
+    """
 
     environment: Environment
     bandwidth: dict[str, float] = field(default_factory=dict)
+    matmul: dict[str, float] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
     models: list[ModelFigures] = field(default_factory=list)
@@ -137,6 +159,16 @@ class Results:
         for timing in self.timings:
             if timing.bench == bench:
                 grouped.setdefault(timing.case, []).append(timing)
+        return grouped
+
+    def sweeps(self) -> dict[str, dict[str, list[Timing]]]:
+        """The timings over which something was varied, by sweep and contestant, each in ascending order."""
+        grouped: dict[str, dict[str, list[Timing]]] = {}
+        for timing in self.timings:
+            if timing.at is not None:
+                grouped.setdefault(timing.sweep, {}).setdefault(timing.contestant, []).append(timing)
+        for timings in (one for contestants in grouped.values() for one in contestants.values()):
+            timings.sort(key=lambda timing: timing.at or 0.0)
         return grouped
 
     def trained(self) -> dict[int, dict[str, list[Training]]]:
@@ -155,8 +187,11 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write ``results.json`` and ``results.csv``."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
         self._save_csv(folder / "results.csv")
+        # Whole or not at all: an interruption must not cost what was finished.
+        partial = folder / "results.json.partial"
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        partial.replace(folder / "results.json")
 
     def _save_csv(self, path: Path) -> None:
         # Every row names machine and versions, so that files of several machines can simply be concatenated.
@@ -167,12 +202,13 @@ class Results:
             writer.writerows({**asdict(timing), **environment} for timing in self.timings)
 
     @classmethod
-    def load(cls, folder: Path) -> "Results":
-        """Read what ``save`` wrote."""
-        stored = json.loads((folder / "results.json").read_text())
+    def load(cls, path: Path) -> "Results":
+        """Read what ``save`` wrote, given its folder or a JSON file alone."""
+        stored = json.loads((path / "results.json" if path.is_dir() else path).read_text())
         return cls(
             environment=Environment(**stored["environment"]),
             bandwidth=stored["bandwidth"],
+            matmul=stored.get("matmul", {}),  # older results have none
             timings=[Timing(**row) for row in stored["timings"]],
             trainings=[Training(**row) for row in stored["trainings"]],
             models=[ModelFigures(**row) for row in stored.get("models", [])],  # older results have none

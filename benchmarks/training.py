@@ -11,8 +11,9 @@ from torch import nn
 
 import nfnets_kernels as nfk
 from benchmarks import peers
+from benchmarks.checks import BenchmarkError
 from benchmarks.goals import COMPILED
-from benchmarks.harness import BenchmarkError, Comparison, Contestant, to_channels_last
+from benchmarks.harness import Comparison, Contestant, to_channels_last
 from benchmarks.results import Role
 
 CLASSES = 1000
@@ -23,26 +24,48 @@ SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_de
 
 @dataclass(frozen=True)
 class Batch:
-    """What a network is trained on, and in which precision."""
+    """What a network is trained on, and the dtype of autocast, float32 being none."""
 
     images: torch.Tensor
     labels: torch.Tensor
-    autocast: bool
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def random(cls, device: str, batch_size: int, image_size: int, autocast: bool = False) -> "Batch":
-        """Random images in channels_last and random labels."""
+    def random(
+        cls,
+        device: str,
+        batch_size: int,
+        image_size: int,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> "Batch":
+        """Random images and random labels."""
         images = torch.randn((batch_size, 3, image_size, image_size), device=device)
         labels = torch.randint(CLASSES, (batch_size,), device=device)
-        return cls(images.contiguous(memory_format=torch.channels_last), labels, autocast)
+        return cls(images.contiguous(memory_format=memory_format), labels, dtype)
 
     def __str__(self) -> str:
         return f"batch {len(self.images)} at {self.images.shape[-1]}"
 
     def forward(self, model: nn.Module) -> torch.Tensor:
         """Logits in the batch's precision."""
-        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.autocast):
+        autocast = self.dtype != torch.float32
+        with torch.autocast(self.images.device.type, self.dtype if autocast else None, enabled=autocast):
             return model(self.images)
+
+    def loss(self, model: nn.Module) -> torch.Tensor:
+        """Cross-entropy of the batch."""
+        return F.cross_entropy(self.forward(model), self.labels)
+
+    def gradients(self, network: "Network") -> torch.Tensor:
+        """The gradient of the loss for all of a network's parameters, as one float32 vector."""
+        params = list(network.model.parameters())
+        grads = torch.autograd.grad(self.loss(network.model), params)
+        return torch.cat([grad.float().flatten() for grad in grads])
+
+    def operations(self, multiply_adds: int, passes: int) -> dict[str, int]:
+        """What a forward pass takes at least, with the two products of a backward pass three of them."""
+        return {str(self.dtype).removeprefix("torch."): 2 * passes * multiply_adds * len(self.images)}
 
     @torch.no_grad()
     def infer(self, model: nn.Module) -> torch.Tensor:
@@ -60,9 +83,12 @@ class Network:
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
-    clip: Callable[[], None] = lambda: None
+    clip: Callable[[], None] | None = None
     role: Role = "peer"
     ops: tuple[str, ...] = ()
+    compiled: bool = False
+    graphed: bool = False
+    """on a GPU, the whole step in a CUDA graph"""
 
 
 @torch.no_grad()
@@ -102,10 +128,11 @@ def fused_sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), fused=True, **SGD)
 
 
-def compiled(network: Network) -> Network:
-    """The same parameters, with the network under torch.compile at its fastest: on a GPU in CUDA graphs."""
-    model = peers.compiled(network.model, "reduce-overhead" if torch.cuda.is_available() else None)
-    return replace(network, name=COMPILED.format(network.name), model=model, ops=())
+def compiled(network: Network, mode: str | None = None) -> Network:
+    """The same parameters, with the network under torch.compile."""
+    return replace(
+        network, name=COMPILED.format(network.name), model=peers.compiled(network.model, mode), compiled=True
+    )
 
 
 def unclipped(name: str, model: nn.Module, device: str) -> Network:
@@ -127,29 +154,43 @@ def training(bench: str, case: str, networks: Sequence[Network], batch: Batch, o
         bench=bench,
         case=case,
         contestants=[
-            Contestant(network.name, training_step(network, batch), network.role, network.ops, optional)
+            Contestant(
+                name=network.name,
+                run=training_step(network, batch),
+                role=network.role,
+                ops=network.ops,
+                optional=optional or network.compiled,
+                compiled=network.compiled,
+                graphed=network.graphed,
+            )
             for network in networks
         ],
         check=check_loss,
         # A step then allocates its gradients, as its peak should count.
         setup=partial(drop_gradients, networks),
+        cache="in step",
         graphed=False,
         memory=True,
     )
 
 
 def training_step(network: Network, batch: Batch) -> Callable[[], torch.Tensor]:
-    """One step as a function that returns the loss."""
+    """One step as a function that returns the loss; float16's is scaled, as its gradients would otherwise underflow."""
     optimizer = network.optimizer
     if optimizer is None:
         raise ValueError(f"{network.name} has no optimizer")
+    # From the start at a scale with which no step overflows and is skipped: that would be faster.
+    scaler = torch.amp.GradScaler(batch.images.device.type, init_scale=2.0**10, enabled=batch.dtype == torch.float16)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(batch.forward(network.model), batch.labels)
-        loss.backward()
-        network.clip()
-        optimizer.step()
+        loss = batch.loss(network.model)
+        scaler.scale(loss).backward()
+        if network.clip is not None:
+            scaler.unscale_(optimizer)
+            network.clip()
+        scaler.step(optimizer)
+        scaler.update()
         return loss.detach()
 
     return step
@@ -173,10 +214,18 @@ def inference(bench: str, case: str, networks: Sequence[Network], batch: Batch, 
         bench=bench,
         case=case,
         contestants=[
-            Contestant(network.name, partial(batch.infer, network.model.eval()), network.role, optional=optional)
+            Contestant(
+                name=network.name,
+                run=partial(batch.infer, network.model.eval()),
+                role=network.role,
+                optional=optional or network.compiled,
+                compiled=network.compiled,
+                graphed=network.graphed,
+            )
             for network in networks
         ],
         check=check_logits,
+        cache="in step",
         graphed=False,
     )
 

@@ -11,11 +11,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from benchmarks import __main__, bench_convergence, harness, report, tune_convergence
+from benchmarks import __main__, bench_convergence, documents, harness, notes, tables, tune_convergence
 from benchmarks.bench_convergence import Threshold
 from benchmarks.digits import ARCHITECTURE, CHANCE, Digits, Recipe, train
 from benchmarks.environment import REPOSITORY, Environment
-from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing, Training
+from benchmarks.results import BENCHES, Results, Training
+
+from .report_cases import MATMUL
 
 METHODS = {method.name: method for method in bench_convergence.METHODS}
 AGC, NORM, UNCLIPPED, TWIN = METHODS
@@ -180,6 +182,7 @@ def run(monkeypatch, folder, *arguments) -> int:
     command = ["benchmarks", "--device", "cpu", "--no-keep-memory", "--only", "convergence", "--output", str(folder)]
     monkeypatch.setattr(sys, "argv", [*command, "--threads", "1", *arguments])
     monkeypatch.setattr(harness, "measure_bandwidth", lambda device, clock: {"copy": 1e9})
+    monkeypatch.setattr(harness, "measure_matmul", lambda device, clock: MATMUL)
     load = Digits.load
     monkeypatch.setattr(bench_convergence.Digits, "load", lambda device: few(load(device), 128))
     monkeypatch.setattr(bench_convergence, "recipe_for", lambda size: Recipe(size, size / 3200, epochs=2))
@@ -262,40 +265,18 @@ REACHED = {
 
 
 def test_table_and_note():
-    columns, rows = report.table(stored_results(REACHED), "convergence")
+    columns, rows = tables.table(stored_results(REACHED), "convergence")
     assert all(len(row) == len(columns) for row in rows)
     assert [row[0] for row in rows] == [
         "batch 32, learning rate 0.01", "", "", "", "batch 64, learning rate 0.02", "", "", ""
     ]  # fmt: skip
     assert rows[0][1:] == [AGC, "cpu", "98.5", "98.0 to 99.0", "0 of 2", "2.0"]
     assert rows[6][1:] == [UNCLIPPED, "cpu", "50.0", "10.0 to 90.0", "1 of 2", "2.0"]  # nothing is dropped
-    note = report.trainings_note(stored_results(REACHED))
+    note = notes.trainings_note(stored_results(REACHED))
     assert f"no seed diverged: {AGC} 64, {NORM} 64, {UNCLIPPED} 32, {TWIN} 64." in note
     assert f"+0.0 {NORM} (the seeds' ranges overlap), +46.5 {UNCLIPPED}, -1.5 {TWIN}." in note
-    nowhere = report.trainings_note(stored_results({32: {AGC: [10.0]}, 64: {AGC: [99.0]}}))
+    nowhere = notes.trainings_note(stored_results({32: {AGC: [10.0]}, 64: {AGC: [99.0]}}))
     assert nowhere.endswith(f"no seed diverged: {AGC} none.")
-
-
-def test_readme_rows():
-    rows = report.readme_rows(stored_results(REACHED), "convergence", BENCHES["convergence"])
-    assert rows[0][0] == f"**{BENCHES['convergence']}**"
-    assert rows[2] == [
-        "batch 64: test accuracy, mean of 2 seeds",
-        f"{AGC} 96.5 %",
-        f"{NORM} 96.5 %; {UNCLIPPED} 50.0 % (1 of 2 diverged); {TWIN} 98.0 %",
-        "-",
-    ]
-    assert NOT_MEASURED in report.readme_rows(stored_results({}), "convergence", "title")[0]
-
-
-def test_what_a_run_leaves_out_is_told_unless_another_run_on_the_machine_has_it():
-    digits, other = stored_results(REACHED), stored_results({})
-    other.timings.append(Timing("agc", "some case", "ours", "ours", "cpu", 5, 1.0, 1.0, 1.0, 1.0, None))
-    alone, both = report.readme_section([digits]), report.readme_section([digits, other])
-    assert alone.count(f"| **{BENCHES['agc']}** | {NOT_MEASURED}") == 1
-    assert both.count(f"| **{BENCHES['agc']}** | {NOT_MEASURED}") == 0
-    assert both.count(f"| **{BENCHES['convergence']}** |") == 1
-    assert both.count(f"| **{BENCHES['residual']}** | {NOT_MEASURED}") == 2  # none has it
 
 
 def test_older_results_are_of_one_batch_size(tmp_path):
@@ -307,7 +288,7 @@ def test_older_results_are_of_one_batch_size(tmp_path):
         (tmp_path / "results.json").write_text(json.dumps(stored))
         older = Results.load(tmp_path)
         assert set(older.trained()) == ({32} if stored["trainings"] else set())
-        report.readme_section([older])
+        documents.summary(older)
 
 
 def test_tuning_prefers_the_highest_mean_on_held_out_images(monkeypatch, capsys):

@@ -11,14 +11,17 @@ from rich.progress import Progress
 from torch import nn
 
 import nfnets_kernels as nfk
-from benchmarks import __main__, bench_models, bench_step, harness, report, training
+from benchmarks import __main__, bench_models, bench_step, documents, harness, tables, training
 from benchmarks.bench_models import Architecture
 from benchmarks.environment import REPOSITORY, Environment
 from benchmarks.goals import GOALS, Goal
 from benchmarks.harness import Comparison, Contestant, Session
+from benchmarks.machines import Run, group
 from benchmarks.memory import available_memory, peak_tensor_memory
 from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing
 from nfnets_kernels.models.nfnet import VARIANTS
+
+from .report_cases import MATMUL
 
 KILO = 1 << 10  # float32 elements: 4096 bytes
 
@@ -102,6 +105,7 @@ def run(monkeypatch, folder, *arguments) -> int:
     command = ["benchmarks", "--device", "cpu", "--no-keep-memory", "--only", "models", "--batch-size", "2"]
     monkeypatch.setattr(sys, "argv", [*command, "--output", str(folder), *arguments])
     monkeypatch.setattr(harness, "measure_bandwidth", lambda device, clock: {"copy": 1e9})
+    monkeypatch.setattr(harness, "measure_matmul", lambda device, clock: MATMUL)
     monkeypatch.setattr(bench_models, "architectures", lambda: TINY)
     return __main__.main()
 
@@ -137,13 +141,13 @@ def test_every_network_is_trained_and_run(results):
 
 def test_tables(results):
     stored, summary = results
-    columns, rows = report.table(stored, "models")
+    columns, rows = tables.table(stored, "models")
     assert [len(row) for row in rows] == [len(columns)] * 3
     assert [row[-1] for row in rows] == ["50.0", "50.0", "-"]
     step, _ = stored.times(stored.models[0])
-    assert rows[0][columns.index("Step, ms")] == report.milliseconds(step.median_ms / 2)
+    assert rows[0][columns.index("Step, ms")] == tables.milliseconds(step.median_ms / 2)
     note = "accuracy as published, not trained here (nobody: Tiny)"
-    for text in (summary, report.readme_section([stored])):
+    for text in (summary, documents.docs_section(group([Run(stored)]), "models")):
         assert note in text
         assert "| nfnets_kernels tiny | " in text
 
@@ -156,7 +160,7 @@ def test_older_results_have_no_networks(tmp_path):
         (tmp_path / "results.json").write_text(json.dumps(stored))
         older = Results.load(tmp_path)
         assert older.models == []
-        assert f"**{BENCHES['models']}** | {NOT_MEASURED}" in report.readme_section([older])
+        assert f"## {BENCHES['models']}\n\n{NOT_MEASURED}" in documents.summary(older)
 
 
 def session(**settings) -> SimpleNamespace:
@@ -210,6 +214,7 @@ def test_comparisons_where_nothing_could_run_have_no_timings(tmp_path):
     )
     with pytest.MonkeyPatch.context() as monkeypatch, Progress(disable=True) as progress:
         monkeypatch.setattr(harness, "measure_bandwidth", lambda device, clock: {"copy": 1e9})
+        monkeypatch.setattr(harness, "measure_matmul", lambda device, clock: MATMUL)
         stored = Results(Environment.record("cpu", keeps_memory=False))
         Session(session().settings, stored, tmp_path, progress).compare(comparison)
     assert (stored.timings, [one.kind for one in stored.incidents]) == ([], ["skipped"])

@@ -21,6 +21,7 @@ from benchmarks import (
     bench_sgd_agc,
     bench_weight_standardize,
     clocks,
+    documents,
     goals,
     gpu_cases,
     gpu_check,
@@ -28,16 +29,18 @@ from benchmarks import (
     gpu_served,
     gpu_step_graph,
     harness,
-    report,
+    tables,
 )
-from benchmarks.environment import REPOSITORY, Environment
+from benchmarks.environment import REPOSITORY
 from benchmarks.gpu_check import Stage
 from benchmarks.harness import Comparison, Contestant, Session, Settings
+from benchmarks.machines import Run, group
 from benchmarks.results import Results, Timing
 from nfnets_kernels import backend, functional
 from nfnets_kernels.backend import Description
 
 from . import emulator
+from .report_cases import MATMUL, environment
 
 PYTHON = (sys.executable, "-c")
 QUICK = Settings(device="cpu", quick=True, seed=0, rounds=1, batch_size=1, image_size=32)
@@ -217,14 +220,10 @@ def test_what_serves_instead_of_a_cuda_kernel_is_noticed():
     assert gpu_served.shortcomings(wrong) == ["CUDA kernels: gone", "agc is served by triton: not cuda: no reason"]
 
 
-def environment(gpu: str | None) -> Environment:
-    texts = dict.fromkeys(("command", "cpu", "python", "torch", "torchvision", "timm", "nfnets_kernels", "commit"), "x")
-    return Environment(date="2021-02-11", device="x", gpu=gpu, threads=1, dirty=False, **texts)
-
-
 def timing(bench: str, case: str, median_ms: float, fraction: float) -> Timing:
     gpu = {"method": "graph", "host_ms": 0.01, "peak_bytes": 2_000_000}
-    return Timing(bench, case, "ours", "ours", "triton", 5, median_ms, median_ms, median_ms, 1.0, fraction, 100, **gpu)
+    times = (median_ms, median_ms, median_ms, 1.0, fraction * median_ms, "memory")
+    return Timing(bench, case, "ours", "ours", "triton", 5, *times, **gpu)
 
 
 def test_goals_of_a_gpu_without_one_are_not_measured_yet():
@@ -241,8 +240,8 @@ def test_goals_of_a_gpu_without_one_are_not_measured_yet():
         rows = goals.goal_rows(results)
         assert len(rows) == len(goals.GOALS)
         assert [row[-1] for row in rows].count("not measured yet") == unknown
-        assert report.readme_section(results).endswith("GPU: not measured yet.")
-    assert "goal met: 0.0 us, at most 40 us" in report.summary(on_cpu)
+        assert documents.readme_section(group(map(Run, results))).endswith("GPU: not measured yet.")
+    assert "goal met: 0.0 us, at most 40 us" in documents.summary(on_cpu)
 
 
 def test_goals_are_met_or_missed_on_a_gpu():
@@ -254,11 +253,12 @@ def test_goals_are_met_or_missed_on_a_gpu():
     assert verdicts[f"agc: {case}"] == met
     assert verdicts[f"scaled_activation: {activation}"] == missed
     assert verdicts["agc: NFNet-F0, none clipped"] == "not measured yet"
-    for text in (report.summary(results), report.readme_section([results])):
-        assert met in text
-        assert missed in text
-    columns, rows = report.table(results, "agc")
-    assert {"Timed": "graph", "Host ms": "0.0100", "Peak MB": "2", "Goal": met}.items() <= dict(
+    assert met in documents.summary(results) and missed in documents.summary(results)
+    in_short = documents.readme_section(group([Run(results)]))
+    assert "Goals for such a machine: 1 met, 1 missed" in in_short
+    assert f"Missed: Scaled activations: {activation}: 91.9%, where the goal is at least 92% of bandwidth." in in_short
+    columns, rows = tables.table(results, "agc")
+    assert {"Timed": "graph", "Host ms": "0.0100", "Peak MB": "2"}.items() <= dict(
         zip(columns, rows[0], strict=True)
     ).items()
 
@@ -305,7 +305,7 @@ def test_contestants_are_right_in_every_direction_and_every_goal_is_a_case(bench
 
 
 def test_a_gpu_is_measured_by_graphs_where_they_can_be_captured(monkeypatch, tmp_path):
-    def captured(run):
+    def captured(run, pool):
         if run is hopeless:
             raise RuntimeError("not captured: operation not permitted")
         return run
@@ -318,9 +318,11 @@ def test_a_gpu_is_measured_by_graphs_where_they_can_be_captured(monkeypatch, tmp
 
     monkeypatch.setattr(Settings, "on_gpu", True)
     monkeypatch.setattr(harness, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(harness, "peak_memory", lambda run: 7)
     monkeypatch.setattr(harness, "host_clock", clocks.wall_clock)
     monkeypatch.setattr(harness, "measure_bandwidth", lambda device, clock: {"copy": 1e9})
+    monkeypatch.setattr(harness, "measure_matmul", lambda device, clock: MATMUL)
     checked = []
     contestants = [Contestant("ours", ours, "ours", ["scaled_activation"]), Contestant("hopeless", hopeless)]
     comparison = Comparison(
@@ -343,6 +345,7 @@ def test_a_gpu_is_measured_by_graphs_where_they_can_be_captured(monkeypatch, tmp
 def run_main(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--no-keep-memory", *arguments])
     monkeypatch.setattr(harness, "measure_bandwidth", lambda device, clock: {"copy": 1e9, "read": 1e9, "update": 1e9})
+    monkeypatch.setattr(harness, "measure_matmul", lambda device, clock: MATMUL)
     return __main__.main()
 
 
