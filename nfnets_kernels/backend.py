@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 OPS = ("weight_standardize", "scaled_activation", "residual", "agc", "sgd_agc")
+"""names of the ops"""
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+"""what users may ask for"""
 
 # Fastest first; a device type that is not named here has the reference alone. ROCm calls its devices "cuda" too.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

@@ -25,7 +25,7 @@ def plot(
         clip_factor: drawn as a line, above which units were clipped; None takes that of an AGC or SGD_AGC.
 
     Returns:
-        The matplotlib Figure: parameters from top to bottom as they were given, fraction of units clipped on the left,
+        The matplotlib Figure, parameters from top to bottom as they were given, fraction of units clipped on the left,
         largest ratio of gradient norm to parameter norm on the right.
 
     Raises:

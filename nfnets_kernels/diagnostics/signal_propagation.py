@@ -71,9 +71,9 @@ def signal_propagation(model: NormalizerFreeNet, x: Tensor) -> SignalPropagation
         x: (N, in_chans, H, W).
 
     Returns:
-        Scalars: `avg_sq_mean_0` and `avg_var_0` after the stem, `avg_sq_mean_{i+1}`, `avg_var_{i+1}` after block i, and
-        `res_avg_var_{i}`, the average channel variance of block i's residual branch before skip_gain and alpha. The
-        result draws them: `signal_propagation(model, x).plot("signal.png")`.
+        Scalars `avg_sq_mean_0` and `avg_var_0` after the stem, `avg_sq_mean_{i+1}` and `avg_var_{i+1}` after block i,
+        and `res_avg_var_{i}`, the average channel variance of block i's residual branch before skip_gain and alpha. The
+        result draws them with `signal_propagation(model, x).plot("signal.png")`.
 
     Raises:
         TypeError: the model is not a `NormalizerFreeNet`.

@@ -41,7 +41,7 @@ class AdaptiveGradientClipping(Callback):
         ValueError: an option that `agc_` rejects; when training starts, a name or module that the LightningModule does
             not have, or a Trainer with a gradient_clip_val, which would clip a second time.
 
-    Example:
+    Examples:
         >>> trainer = lightning.Trainer(callbacks=[AdaptiveGradientClipping(0.01, exclude=("model.fc",))])
     """
 

@@ -41,7 +41,7 @@ class NormalizerFreeNet(nn.Module):
         drop_rate: dropout before the classifier.
         activation: an elementwise name in `nfnets_kernels.functional.gamma`'s table.
         approximate: of gelu, "tanh" (the authors) or "none" (timm).
-        numerics: "deepmind" (the authors'), "timm_dm" (timm's dm_nfnet_*) or "timm" (its other NF networks): eps and
+        numerics: "deepmind" (the authors'), "timm_dm" (timm's `dm_nfnet_*`) or "timm" (its other NF networks): eps and
             padding of the convolutions, and where gamma and skip gain stand.
         features_only: no head; `forward` gives the features of `feature_info`.
 

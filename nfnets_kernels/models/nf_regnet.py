@@ -49,7 +49,7 @@ class NFRegNet(NormalizerFreeNet):
         group_width: channels per group of the 3x3 convolutions.
         se_ratio: hidden width of squeeze and excite over channels.
         alpha, stochdepth_rate, rescale_kept, drop_rate, activation, approximate: see `NormalizerFreeNet`.
-        numerics: "deepmind" (the authors'), or "timm" (its nf_regnet_b*, with channels rounded to multiples of 8).
+        numerics: "deepmind" (the authors'), or "timm" (its `nf_regnet_b*`, with channels rounded to multiples of 8).
         features_only: no head; `forward` gives the features of `feature_info`.
         device, dtype: of the parameters.
 

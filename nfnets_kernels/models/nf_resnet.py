@@ -93,7 +93,7 @@ class NFResNet(NormalizerFreeNet):
         activation: an elementwise name in `nfnets_kernels.functional.gamma`'s table.
         approximate: of gelu, "tanh" (the authors) or "none" (timm).
         shortcut: "conv", a strided 1x1 convolution as the authors', or "avg_pool", 2x2 average pooling before it.
-        numerics: "deepmind" (the authors'), or "timm" (its nf_resnet*); see `NormalizerFreeNet`.
+        numerics: "deepmind" (the authors'), or "timm" (its `nf_resnet*`); see `NormalizerFreeNet`.
         features_only: no head; `forward` gives the features of `feature_info`.
         device, dtype: of the parameters.
 

@@ -48,7 +48,7 @@ class NFNet(NormalizerFreeNet):
         group_width: channels per group of the 3x3 convolutions.
         bottleneck: channels of the 3x3 convolutions over those of the block, rounded down to whole groups.
         se_ratio: hidden width of squeeze and excite over channels.
-        attention: "se", or "eca" for efficient channel attention (timm's eca_nfnet_*).
+        attention: "se", or "eca" for efficient channel attention (timm's `eca_nfnet_*`).
         alpha: scale of the residual branches.
         stochdepth_rate: of the last block; rises linearly from 0.
         rescale_kept: divide kept branches by the probability to keep them (timm's stochastic depth; not the authors').
@@ -57,7 +57,7 @@ class NFNet(NormalizerFreeNet):
         approximate: of gelu, "tanh" (the authors) or "none" (timm).
         stem_width: channels of the stem's last convolution; None for half of the first stage's.
         final_conv_mult: channels of the last convolution over those of the last stage.
-        numerics: "deepmind" (the authors'), "timm_dm" (timm's dm_nfnet_*) or "timm" (nfnet_*, eca_nfnet_*); see
+        numerics: "deepmind" (the authors'), "timm_dm" (timm's `dm_nfnet_*`) or "timm" (`nfnet_*`, `eca_nfnet_*`); see
             `NormalizerFreeNet`.
         features_only: no head; `forward` gives the features of `feature_info`.
         device, dtype: of the parameters.

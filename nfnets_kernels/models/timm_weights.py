@@ -63,7 +63,7 @@ def from_timm(model: NormalizerFreeNet, state: Mapping[str, Tensor]) -> Converte
 
 
 def load_timm(model: NormalizerFreeNet, source: nn.Module | Mapping[str, Tensor]) -> NormalizerFreeNet:
-    """Loads the weights of a timm NF network: dm_nfnet_*, nfnet_*, eca_nfnet_*, nf_*resnet*, nf_regnet_*, test_nfnet.
+    """Loads the weights of a timm NF network, whatever the name that `like_timm` knows.
 
     Outputs are timm's too where the model computes as timm's, as `like_timm` makes it: options that have no weights,
     such as numerics or shortcut, cannot be told from them.

@@ -59,7 +59,7 @@ def like_timm(name: str, *, drop_path_rate: float = 0.0, **kwargs: Any) -> Norma
 
     Args:
         name: as timm's: dm_nfnet_f0 to f6, nfnet_f0 to f7, nfnet_l0, eca_nfnet_l0 to l3, nf_resnet26, 50 and 101,
-            nf_seresnet* and nf_ecaresnet* of the same depths, nf_regnet_b0 to b5, test_nfnet.
+            `nf_seresnet*` and `nf_ecaresnet*` of the same depths, nf_regnet_b0 to b5, test_nfnet.
         drop_path_rate: timm's stochastic depth, the rate of the last block; instead of stochdepth_rate, of which the
             last block gets (n - 1) / n.
         kwargs: of the network's class, and `pretrained` and `cache_dir` as `nfnets_kernels.models.pretrained.create`

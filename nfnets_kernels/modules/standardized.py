@@ -52,6 +52,12 @@ class _Held(NamedTuple):
     prepared: Prepared
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.10 and 2.11 cannot trace the call
+def _has_autocast(device: str) -> bool:
+    """Whether there is autocast for the device type; meta has none."""
+    return torch.amp.is_autocast_available(device)
+
+
 def _saving_context() -> Any:
     """The innermost hooks on tensors saved for backward.
 
@@ -194,7 +200,7 @@ class Standardized(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the layer computes in: autocast's, or its own."""
         device = self.weight.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+        autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
         if autocast and self.weight.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
         return self.weight.dtype

@@ -80,12 +80,17 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 
 def aligned(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor itself if its elements lie in the order of `like`, a dense tensor; otherwise a copy whose do."""
-    return tensor if same_order(tensor, like) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    lies = same_order(tensor, like) and not tensor.is_neg()
+    return tensor if lies else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def unit_dense(tensor: Tensor) -> Tensor:
-    """The tensor itself if its units are dense; otherwise a contiguous copy."""
-    return tensor if is_unit_dense(tensor) else tensor.contiguous()
+    """The tensor itself if its units are dense; otherwise a contiguous copy.
+
+    Also of a tensor that is negated when it is read, such as the imaginary part of a conjugate: see `Tensor.is_neg`.
+    """
+    lies = is_unit_dense(tensor) and not tensor.is_neg()
+    return tensor if lies else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def is_unit_dense(tensor: Tensor) -> bool:

@@ -293,8 +293,10 @@ def _overwritable(f: Tensor, *others: Tensor | None) -> bool:
     """
     if type(f) is not Tensor or not is_unit_dense(f) or (f._is_view() and torch.is_grad_enabled()):
         return False
-    memory = f.untyped_storage().data_ptr()
-    return all(other is None or other.untyped_storage().data_ptr() != memory for other in others)
+    memory, given = f.untyped_storage().data_ptr(), [other for other in others if other is not None]
+    if f.is_neg() or any(other.is_neg() for other in given):  # negated when they are read
+        return False
+    return all(other.untyped_storage().data_ptr() != memory for other in given)
 
 
 def residual_(

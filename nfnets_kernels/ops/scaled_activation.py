@@ -162,8 +162,9 @@ class _InPlace(torch.autograd.Function):
 
 def scaled_activation_(x: Tensor, name: str, scale: float, approximate: str, backend: str) -> Tensor:
     """`scaled_activation` that overwrites x and returns it, for those that `check_inplace` accepts."""
-    # A compiler removes the copy; a subclass, such as a fake tensor, may have no memory to write to.
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    # A compiler removes the copy; a subclass, such as a fake tensor, may have no memory to write to; what is negated
+    # when it is read is not in memory.
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg():
         return x.copy_(scaled_activation(x, name, scale, approximate, backend))
     return _InPlace.apply(x, name, scale, approximate, backend)
 

@@ -274,7 +274,7 @@ class Repeat(NamedTuple):
         if rule != table.rule or backends.serving("sgd_agc", table.device.type, backend) != table.backend:
             return False
         found = self.snapshot.gradients(parameters)
-        if found is None or not self._has(states):
+        if found is None or not self._has(states) or any(map(Tensor.is_neg, found[0])):  # which no snapshot sees
             return False
         backends.record("sgd_agc", table.backend)
         table.step_(found[1], call.on(table.device))

@@ -71,4 +71,5 @@ def is_plain(weight: Tensor, grad: Tensor, device: torch.device) -> bool:
         and weight.numel() > 0
         and is_unit_dense(weight)
         and is_unit_dense(grad)
+        and not (weight.is_neg() or grad.is_neg())
     )

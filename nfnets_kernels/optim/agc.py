@@ -39,7 +39,7 @@ class AGC:
             FullyShardedDataParallel (FSDP1), which has no units.
         ValueError: a name or module that the model does not have, or an option that `agc_` rejects.
 
-    Example:
+    Examples:
         >>> agc = AGC(model, clip_factor=0.01, exclude=("fc",))
         >>> loss.backward(); agc.clip_(); optimizer.step()
     """

@@ -30,7 +30,7 @@ class AGCOptimizer(AGC, Optimizer):
         TypeError: optimizer is none, or has parameters of FullyShardedDataParallel (FSDP1).
         ValueError: an option that `agc_` rejects.
 
-    Example:
+    Examples:
         >>> optimizer = AGC(torch.optim.AdamW(param_groups(model), lr=1e-3), clip_factor=0.01)
         >>> loss.backward(); optimizer.step()
     """

@@ -34,7 +34,7 @@ class ModelEMA(nn.Module):
         TypeError: model is not a module.
         ValueError: decay lies outside [0, 1].
 
-    Example:
+    Examples:
         >>> ema = ModelEMA(model)
         >>> optimizer.step(); ema.update(model)
         >>> validate(ema.module)

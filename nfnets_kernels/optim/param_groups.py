@@ -60,16 +60,16 @@ def param_groups(
             package's networks, torchvision's ResNets).
 
     Returns:
-        Those of the groups "decay", "no_decay", "head_decay" and "head_no_decay" that are not empty: "name", "params"
-        (pairs of name and parameter), "weight_decay" and "clip_factor". Any torch optimizer takes them, and keeps
-        what it does not know; `SGD_AGC` and `AGC` read clip_factor.
+        Those of the groups "decay", "no_decay", "head_decay" and "head_no_decay" that are not empty, each with its
+        "name", "params" (pairs of name and parameter), "weight_decay" and "clip_factor". Any torch optimizer takes
+        them, and keeps what it does not know; `SGD_AGC` and `AGC` read clip_factor.
 
     Raises:
         TypeError: an argument of another type.
         ValueError: a negative or not finite number, a head that is not found, a model without parameters or with lazy
             ones.
 
-    Example:
+    Examples:
         >>> groups = param_groups(model, weight_decay=2e-5, clip_factor=0.01)
         >>> print(groups)
         >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)

@@ -20,8 +20,11 @@ class ParameterStatistics(NamedTuple):
     """How the units of one parameter were clipped."""
 
     name: str
+    """as in the model or the parameter groups"""
     shape: tuple[int, ...]
+    """of the parameter"""
     units: int
+    """that the parameter has, on this rank where it is sharded"""
     steps: int
     """in which the parameter had a gradient, since the counts were last set to 0"""
     fraction: float
