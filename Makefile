@@ -56,7 +56,7 @@ format: env
 bench: env
 	$(RUN) -m benchmarks $(BENCH_ARGS)
 
-# The robustness campaign of docs/robustness.md: an hour or two on 2 cores; CAMPAIGN_ARGS="--examples 200" is shorter.
+# The robustness campaign of docs/robustness.md: most of an hour on 2 cores; CAMPAIGN_ARGS="--examples 200" is shorter.
 campaign: env
 	$(RUN) -m tests.campaign $(CAMPAIGN_ARGS)
 
@@ -80,4 +80,4 @@ dist-check: dist/.built
 	"$$python" tests/smoke.py
 
 clean:
-	rm -rf build dist *.egg-info nfnets_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info nfnets_kernels/_C*.so nfnets_kernels/_cuda*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

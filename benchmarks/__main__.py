@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="about 6 minutes on 2 cores (default)")
+    length.add_argument("--quick", action="store_true", help="less than 5 minutes on 2 cores (default)")
     length.add_argument("--full", action="store_true", help="more rounds, more peers, more seeds")
     parser.add_argument("--only", nargs="+", choices=BENCHES, metavar="NAME", help="run these benchmarks, listed below")
     parser.add_argument(

@@ -33,7 +33,7 @@ from nfnets_kernels.integrations.timm import accelerate
 from nfnets_kernels.models.flops import count_flops
 
 BENCH = "models"
-QUICK = {"ResNet-50", "SE-ResNeXt-50", "EfficientNet-B0", "NF-ResNet-50", "NFNet-F0"}
+QUICK = {"NF-ResNet-50", "NFNet-F0"}
 # On a CPU a step takes seconds.
 ROUNDS_QUICK, ROUNDS_FULL = 1, 5
 

@@ -33,11 +33,11 @@ FAN_IN = CHANNELS * TAPS * TAPS
 EPS = 1e-3
 MILLION = 1_000_000
 
-PARAMETERS, QUICK_PARAMETERS = (1, 2, 5, 10, 20, 50, 100, 200, 500), (1, 8, 64)  # millions, in 161 tensors
-TENSORS, QUICK_TENSORS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000), (10, 200, 5000)  # of 25 million parameters
+PARAMETERS, QUICK_PARAMETERS = (1, 2, 5, 10, 20, 50, 100, 200, 500), (1, 4, 16)  # millions, in 161 tensors
+TENSORS, QUICK_TENSORS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000), (10, 200, 2000)  # of 25 million parameters
 NF_RESNET_50 = (25 * MILLION, 161)
-BATCH_SIZES, QUICK_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 8, 32)
-QUICK_IMAGE_SIZE = 64
+BATCH_SIZES, QUICK_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 4, 16)
+IMAGE_SIZE = 64  # on a CPU, where 512 larger images would take minutes and more memory than there is
 
 Params = list[nn.Parameter]
 CallOn = Callable[[Params], Call]
@@ -66,7 +66,7 @@ def sweeps(settings: Settings) -> Iterator[tuple[str, list[tuple[float, Compare]
     batch_sizes = QUICK_BATCH_SIZES if settings.quick and not settings.on_gpu else BATCH_SIZES
     yield "training step: batch size", [(n, partial(compare_steps, n)) for n in batch_sizes]
     if not settings.on_gpu:
-        yield "training step: threads", [(n, partial(compare_steps, QUICK_BATCH_SIZES[1])) for n in thread_counts()]
+        yield "training step: threads", [(n, partial(compare_steps, QUICK_BATCH_SIZES[-1])) for n in thread_counts()]
 
 
 def thread_counts() -> list[int]:
@@ -100,7 +100,7 @@ def compare_op(op: str, parameters: int, tensors: int, session: Session, point: 
         return
     torch.manual_seed(session.settings.seed)
     comparison = OPS[op](session.settings.device, shapes)
-    rounds = 5 if session.settings.quick else 15
+    rounds = 3 if session.settings.quick else 15
     session.compare(replace(comparison, case=case, point=point, rounds=rounds))
 
 
@@ -236,19 +236,18 @@ def on_copies(
 def compare_steps(batch_size: int, session: Session, point: Point) -> None:
     """A training step of ours, timm's and the BatchNorm twin."""
     settings = session.settings
-    small = settings.quick and not settings.on_gpu
-    image_size = QUICK_IMAGE_SIZE if small else settings.image_size
+    image_size = settings.image_size if settings.on_gpu else IMAGE_SIZE
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.benchmark = settings.on_gpu
     dtype = torch.bfloat16 if settings.on_gpu else torch.float32
     batch = Batch.random(settings.device, batch_size, image_size, dtype)
     case = f"training step, {batch}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-    networks = make_networks(settings.device)[:3]
+    networks = make_networks(settings.device, count=3)
     if not settings.on_gpu:
         networks = [network for network in networks if fits(session, BENCH, network, batch, case)]
     if not networks:
         return
     comparison = training.training(BENCH, case, networks, batch, optional=True)
     operations = batch.operations(multiply_adds(image_size), passes=3)
-    rounds = None if settings.on_gpu or small else 5
+    rounds = None if settings.on_gpu else 3 if settings.quick else 5
     session.compare(replace(comparison, operations=operations, point=point, rounds=rounds))

@@ -25,7 +25,7 @@ SETTINGS = Settings(device="cpu", quick=True, seed=0, rounds=1, batch_size=2, im
 TINY = {"depth": (1, 1, 1, 1), "width": 1, "num_classes": CLASSES}
 
 
-def tiny_networks(device: str = "cpu", memory_format: torch.memory_format = torch.channels_last):
+def tiny_networks(device: str = "cpu", count: int = 3):
     return [
         training.clipped_by_ours("ours", nfk.models.NFResNet(**TINY), device),
         training.clipped_by_timm("timm", BNResNet(**TINY), device),
@@ -178,7 +178,7 @@ def test_sweeps_of_ops_and_steps(session, monkeypatch):
     monkeypatch.setattr(bench_scaling, "QUICK_PARAMETERS", (100, 500))
     monkeypatch.setattr(bench_scaling, "QUICK_TENSORS", (3, 10))
     monkeypatch.setattr(bench_scaling, "QUICK_BATCH_SIZES", (1, 2))
-    monkeypatch.setattr(bench_scaling, "QUICK_IMAGE_SIZE", 64)
+    monkeypatch.setattr(bench_scaling, "IMAGE_SIZE", 64)
     monkeypatch.setattr(bench_scaling, "make_networks", tiny_networks)
     monkeypatch.setattr(bench_scaling, "thread_counts", lambda: [1, 2])
     before = torch.get_num_threads()
