@@ -21,11 +21,17 @@ LEAN = "lean eager (foreach)"
 
 def run(session: Session) -> None:
     """Every model with none and with all of its gradients clipped; then what takes minutes to compile."""
-    titles = [title for title in MODELS if session.settings.on_gpu or title not in ON_GPU_ONLY]
-    for title, clipped in session.track(list(product(titles, (False, True))), BENCH):
+    for title, clipped in session.track(list(product(chosen(session.settings), (False, True))), BENCH):
         session.compare(comparison(session, title, clipped))
     for title in compiled_titles(session.settings):
         session.compare(with_compiled(session, title))
+
+
+def chosen(settings: Settings) -> list[str]:
+    """The models: quickly, on a CPU, the first alone."""
+    if settings.on_gpu:
+        return list(MODELS)
+    return [title for title in MODELS if title not in ON_GPU_ONLY][: 1 if settings.quick else None]
 
 
 def comparison(session: Session, title: str, clipped: bool) -> Comparison:

@@ -64,6 +64,7 @@ def after_backward(session: Session) -> Comparison:
         contestants=[*contestants, Contestant("SGD(fused) alone, as for BatchNorm", unclipped, "ceiling")],
         check=check,
         setup=setup,
+        rounds=session.settings.rounds_of_steps,
         cache="in step",
         traffic=traffic(sum(param.numel() for param in params), averaged=False),
         graphed=False,

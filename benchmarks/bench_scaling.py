@@ -33,10 +33,10 @@ FAN_IN = CHANNELS * TAPS * TAPS
 EPS = 1e-3
 MILLION = 1_000_000
 
-PARAMETERS, QUICK_PARAMETERS = (1, 2, 5, 10, 20, 50, 100, 200, 500), (1, 4, 16)  # millions, in 161 tensors
-TENSORS, QUICK_TENSORS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000), (10, 200, 2000)  # of 25 million parameters
+PARAMETERS, QUICK_PARAMETERS = (1, 2, 5, 10, 20, 50, 100, 200, 500), (1, 16)  # millions, in 161 tensors
+TENSORS, QUICK_TENSORS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000), (10, 2000)  # of 25 million parameters
 NF_RESNET_50 = (25 * MILLION, 161)
-BATCH_SIZES, QUICK_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 4, 16)
+BATCH_SIZES, QUICK_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 16)
 IMAGE_SIZE = 64  # on a CPU, where 512 larger images would take minutes and more memory than there is
 
 Params = list[nn.Parameter]
@@ -61,11 +61,11 @@ def sweeps(settings: Settings) -> Iterator[tuple[str, list[tuple[float, Compare]
     for op in OPS:
         yield f"{op}: parameters", [(m * 1e6, partial(compare_op, op, m * MILLION, 161)) for m in millions]
         yield f"{op}: tensors", [(n, partial(compare_op, op, 25 * MILLION, n)) for n in tensors]
-        if not settings.on_gpu:
+        if not settings.on_gpu and not settings.quick:
             yield f"{op}: threads", [(n, partial(compare_op, op, *NF_RESNET_50)) for n in thread_counts()]
     batch_sizes = QUICK_BATCH_SIZES if settings.quick and not settings.on_gpu else BATCH_SIZES
     yield "training step: batch size", [(n, partial(compare_steps, n)) for n in batch_sizes]
-    if not settings.on_gpu:
+    if not settings.on_gpu and not settings.quick:
         yield "training step: threads", [(n, partial(compare_steps, QUICK_BATCH_SIZES[-1])) for n in thread_counts()]
 
 

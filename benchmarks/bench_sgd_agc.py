@@ -12,7 +12,7 @@ from torch import nn
 
 import nfnets_kernels as nfk
 from benchmarks import bench_agc, peers
-from benchmarks.bench_agc import CLIP_FACTOR, EPS, MODELS, ON_GPU_ONLY
+from benchmarks.bench_agc import CLIP_FACTOR, EPS, MODELS, chosen
 from benchmarks.checks import assert_all_close
 from benchmarks.goals import SEPARATE, TIMM_SEPARATE
 from benchmarks.harness import Comparison, Contestant, Session, passed_over
@@ -24,12 +24,8 @@ Step = Callable[[], object]
 
 
 def run(session: Session) -> None:
-    """Every model, quickly the first, with all gradients clipped; with a moving average of parameters and without."""
-    settings = session.settings
-    titles = [title for title in MODELS if settings.on_gpu or title not in ON_GPU_ONLY]
-    if settings.quick and not settings.on_gpu:
-        titles = titles[:1]
-    for title, averaged in session.track(list(product(titles, (False, True))), BENCH):
+    """Every model with all of its gradients clipped; with a moving average of the parameters and without."""
+    for title, averaged in session.track(list(product(chosen(session.settings), (False, True))), BENCH):
         session.compare(comparison(session, title, averaged))
 
 

@@ -66,7 +66,7 @@ class Settings:
     @property
     def rounds_of_steps(self) -> int | None:
         """Rounds of what takes a second on a CPU and needs no more warm-up than its verification; None on a GPU."""
-        return None if self.on_gpu else 5 if self.quick else 15
+        return None if self.on_gpu else 3 if self.quick else 15
 
     @property
     def round_limits(self) -> tuple[int, int]:

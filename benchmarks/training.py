@@ -63,6 +63,10 @@ class Batch:
         grads = torch.autograd.grad(self.loss(network.model), params)
         return torch.cat([grad.float().flatten() for grad in grads])
 
+    def few(self) -> "Batch":
+        """Two of the images: enough to see whether a network computes what it should."""
+        return replace(self, images=self.images[:2], labels=self.labels[:2])
+
     def operations(self, multiply_adds: int, passes: int) -> dict[str, int]:
         """What a forward pass takes at least, with the two products of a backward pass three of them."""
         return {str(self.dtype).removeprefix("torch."): 2 * passes * multiply_adds * len(self.images)}

@@ -17,7 +17,11 @@ from hypothesis import HealthCheck, settings
 from benchmarks.torchvision_compat import prepare
 
 from .interpreter import prepare_interpreter
+from .native import serve_extension
 
+# A build of the CPU kernels that takes the place of nfnets_kernels._C: tests/native.py's for the sanitizers.
+if "NFK_TEST_EXTENSION" in os.environ:
+    serve_extension(Path(os.environ["NFK_TEST_EXTENSION"]))
 prepare_interpreter()
 prepare()  # before any test imports timm
 if DEVICE != "cpu":
@@ -30,7 +34,10 @@ if "NFK_TEST_CUDA_EMULATOR" in os.environ:
 
     serve_cpu_tensors(Path(os.environ["NFK_TEST_CUDA_EMULATOR"]))
 
-settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+# `pytest --hypothesis-profile=long` tries more, and `python -m tests.campaign` counts what it tries.
+for name, examples in (("ci", 40), ("long", int(os.environ.get("NFK_TEST_EXAMPLES", "2000")))):
+    unhurried = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    settings.register_profile(name, deadline=None, max_examples=examples, suppress_health_check=unhurried)
 settings.load_profile("ci")
 
 

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor, nn
+from torch import nn
 
 import nfnets_kernels as nfk
 from nfnets_kernels import backend as backends
@@ -24,9 +24,11 @@ from .agc_cases import (
     float64_clipped,
     parameter,
     random_pair,
+    unit_length,
     using,
 )
-from .helpers import sized, threads
+from .helpers import nothing_else_written, sized, threads
+from .strategies import SPECIALS, shapes, tensors
 
 SHAPES = [
     *[(), (1,), (7,), (5, 1, 1, 1), (1, 1, 1, 1), (1, 64, 1, 1), (1, 6), (6, 1), (4, 33), (3, 5, 7), (2, 3, 5, 7)],
@@ -284,35 +286,32 @@ def test_one_and_two_threads_give_the_same_bits(kernel):
         assert all(map(torch.equal, results[0], other))
 
 
-@st.composite
-def gradients(draw) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight, gradient, the memory it is a view of): any order of the axes, gaps, offset and magnitude."""
-    shape = draw(st.lists(st.integers(0, 6), max_size=5))
-    steps = [draw(st.integers(1, 2)) for _ in shape]
-    order = draw(st.permutations(range(len(shape))))
-    offset = draw(st.integers(0, 3))
-    dtype = draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    dims = [shape[axis] * steps[axis] for axis in order]
-    memory = torch.randn(math.prod(dims) + offset, generator=generator) * 10.0 ** draw(st.integers(-4, 2))
-    memory = memory.to(dtype)
-    view = memory[offset:].view(dims).permute([order.index(axis) for axis in range(len(shape))])
-    weight = torch.randn(shape, generator=generator).to(dtype) * draw(st.sampled_from([0.0, 1e-2, 1.0, 1e2]))
-    return weight, view[tuple(slice(None, None, step) for step in steps)], memory
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
-@given(
-    case=gradients(),
-    rule=st.sampled_from(RULES),
-    norm_type=st.sampled_from(NORMS),
-    clip_factor=st.sampled_from([0.0, 0.01, 1.0]),
-    eps=st.sampled_from([0.0, 1e-3, 1.0]),
-)
-def test_any_strides_dtype_rule_and_options(kernel, case, rule, norm_type, clip_factor, eps):
-    weight, grad, memory = case
-    before, inside = memory.clone(), torch.zeros(memory.shape, dtype=torch.bool)
-    inside.as_strided(grad.shape, grad.stride(), grad.storage_offset()).fill_(True)
-    with using(kernel) as backend:
-        assert_clips(backend, weight, grad, rule, norm_type=norm_type, clip_factor=clip_factor, eps=eps)
-    assert torch.equal(memory[~inside], before[~inside])
+@given(data=st.data())
+def test_any_shapes_dtypes_strides_and_options(kernel, data):
+    """Of lists of tensors: weights and gradients of different dtypes, norms of anything from 0 to infinity."""
+    norm_type = data.draw(st.sampled_from(NORMS))
+    # The rounding of 1 / p, in torch as in the kernels, grows with the logarithm of the sum that has this exponent.
+    wide = norm_type in (1.0, 2.0, math.inf)
+    of_parameters, weights, grads = data.draw(st.booleans(), label="of parameters"), [], []
+    for _ in range(data.draw(st.integers(1, 3), label="tensors")):
+        shape, dtype = data.draw(shapes(kernel)), data.draw(st.sampled_from(DTYPES))
+        size = data.draw(st.sampled_from([0.0, 1e-2, 1.0, 1e2] + [1e-25, 1e25] * wide))
+        weights.append(data.draw(tensors(shape, dtype, size, specials=SPECIALS, read_only=True)))
+        dtype = dtype if of_parameters else data.draw(st.sampled_from(DTYPES))
+        size = 10.0 ** data.draw(st.integers(-4, 2) | st.integers(*(-30, 30) if wide else (-4, 2)))
+        grads.append(data.draw(tensors(shape, dtype, size, specials=SPECIALS)))
+    options = {
+        "clip_factor": data.draw(st.sampled_from([0.0, 0.01, 1.0])),
+        "eps": data.draw(st.sampled_from([0.0, 1e-3, 1.0])),
+        "norm_type": norm_type,
+        "rule": data.draw(st.sampled_from(RULES)),
+    }
+    expected = [float64_clipped(weight, grad, **options) for weight, grad in zip(weights, grads, strict=True)]
+    with using(kernel) as backend, nothing_else_written(*grads):
+        if of_parameters:
+            nfk.agc_(list(map(parameter, weights, grads)), **options, backend=backend)
+        else:
+            torch.ops.nfnets_kernels.agc_(weights, grads, *options.values(), backend)
+    for grad, clipped in zip(grads, expected, strict=True):
+        assert_clipped(grad, clipped, unit_length(grad.shape, options["rule"]))

@@ -2,16 +2,14 @@
 
 import ctypes
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from . import emulator
+from .native import SANITIZED, run_sanitized
 
-ROOT = Path(__file__).parents[1]
 OP_TESTS = [
     *["test_agc", "test_agc_contract", "test_agc_oracles", "test_optim_agc"],
     *["test_sgd_agc", "test_sgd_agc_contract", "test_sgd_agc_oracles", "test_weight_standardize"],
@@ -184,11 +182,6 @@ def test_devices(kernels):
         kernels.library.emulator_set_device(0)
 
 
-def run_sanitized(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = emulator.sanitized_environment() | variables
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 LAUNCHES = """
 import sys
 from pathlib import Path
@@ -214,7 +207,7 @@ for n in sys.argv[4:]:
 )
 def test_sanitizers_watch(name, block, n, allowed, report):
     # Without the other sanitizer's check of sizes, which would find the overflow of a shared array first, but not all.
-    library = str(build_kernels(*emulator.SANITIZED, "-fno-sanitize=object-size"))
+    library = str(build_kernels(*SANITIZED, "-fno-sanitize=object-size"))
     run = run_sanitized("-c", LAUNCHES, library, name, str(block), str(allowed), str(n))
     assert run.stdout == "error: \n", run.stderr  # of the allowed n; the other ends the process
     assert run.returncode != 0

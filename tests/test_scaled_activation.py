@@ -15,7 +15,6 @@ from .helpers import (
     DEVICE,
     DTYPES,
     ELEMENTWISE,
-    FACTORS,
     INFINITY,
     LAYOUTS,
     MODULES,
@@ -36,6 +35,7 @@ from .helpers import (
     threads,
     value_size,
 )
+from .strategies import FACTORS, SPECIALS, shapes, tensors
 
 OPS = torch.ops.nfnets_kernels
 CASES = [(key, target) for key in MODULES for target in targets("scaled_activation", key)]
@@ -47,6 +47,10 @@ RELU_TARGETS = targets("scaled_activation", "relu")
 LAYOUT_CASES = [case for case in CASES if case[0] in ("tanh", "glu", "log_softmax")] + [
     case for case in CASES if case[0] in FUSED and case[0] != "tanh" and case[1] != "triton"
 ]
+
+
+def keys_of(target):
+    return [key for key, serving_it in CASES if serving_it == target]
 
 
 @pytest.fixture
@@ -332,9 +336,12 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(key, target, backe
 @given(data=st.data())
 def test_any_shape_dtype_and_strides(target, data):
     torch.manual_seed(data.draw(st.integers(0, 999), label="seed"))
-    shape = data.draw(st.lists(st.integers(0, 9), min_size=0, max_size=5))
-    x = randn(shape, data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(list(LAYOUTS))))
-    key, beta = data.draw(st.sampled_from(FUSED)), data.draw(FACTORS)
+    key, beta = data.draw(st.sampled_from(keys_of(target))), data.draw(FACTORS)
+    shape = list(data.draw(shapes(target, 0 if key in ELEMENTWISE else 2, side=9)))
+    if key == "glu":
+        shape[1] *= 2
+    size, specials = data.draw(st.sampled_from([1.0, 3.0, 100.0, 1e10])), SPECIALS if key in FUSED else ()
+    x = data.draw(tensors(shape, data.draw(st.sampled_from(DTYPES)), size, specials=specials, read_only=True))
     with serving(target) as backend:
         check(x, key, backend, beta=beta, grad_layout=data.draw(st.sampled_from(list(LAYOUTS))))
 

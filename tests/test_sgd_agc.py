@@ -8,9 +8,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
 
-from .helpers import LAYOUTS, sized, threads
+from .helpers import LAYOUTS, nothing_else_written, sized, threads
 from .sgd_agc_cases import (
     KERNELS,
     OPTIONS,
@@ -26,6 +25,7 @@ from .sgd_agc_cases import (
     step_groups,
     using,
 )
+from .strategies import SPECIALS, shapes, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [
@@ -311,42 +311,43 @@ def test_one_and_two_threads_give_the_same_bits(kernel):
 
 
 @st.composite
-def parameters_of_any_layout(draw) -> Parameter:
-    """Any order of the axes, gaps and offset, each tensor its own; any dtypes, magnitudes and states."""
-    shape = draw(st.lists(st.integers(0, 5), max_size=4))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-
-    def tensor(dtype: torch.dtype, magnitude: float) -> Tensor:
-        steps = [draw(st.integers(1, 2)) for _ in shape]
-        order = draw(st.permutations(range(len(shape))))
-        dims, offset = [shape[axis] * steps[axis] for axis in order], draw(st.integers(0, 3))
-        memory = magnitude * torch.randn(math.prod(dims) + offset, generator=generator)
-        view = memory.to(dtype)[offset:].view(dims).permute([order.index(axis) for axis in range(len(shape))])
-        return view[tuple(slice(None, None, step) for step in steps)]
-
-    dtype, grad_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
-    weight = tensor(dtype, draw(st.sampled_from([0.0, 1e-2, 1.0, 1e2])))
-    grad = tensor(grad_dtype, 10.0 ** draw(st.integers(-4, 2)))
-    momentum = tensor(dtype, 1.0) if draw(st.booleans()) else None
-    return Parameter(weight, grad, momentum, tensor(average_dtype(dtype), 1.0) if draw(st.booleans()) else None)
+def parameters_of_any_layout(draw, kernel: str) -> Parameter:
+    """Any shape, dtypes, magnitudes and states, each tensor with a layout of its own."""
+    shape, dtype, grad_dtype = draw(shapes(kernel)), draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    size = draw(st.sampled_from([0.0, 1e-25, 1e-2, 1.0, 1e2, 1e15]))
+    weight = draw(tensors(shape, dtype, size, specials=SPECIALS))
+    sizes = st.integers(-4, 2) | st.integers(-30, 15)
+    grad = draw(tensors(shape, grad_dtype, 10.0 ** draw(sizes), specials=SPECIALS))
+    momentum = draw(st.none() | tensors(shape, dtype, specials=SPECIALS))
+    return Parameter(weight, grad, momentum, draw(st.none() | tensors(shape, average_dtype(dtype))))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@given(
-    p=parameters_of_any_layout(),
-    rule=st.sampled_from(RULES),
-    clip_factor=st.sampled_from([None, 0.0, 0.01, 1.0]),
-    eps=st.sampled_from([0.0, 1e-3, 1.0]),
-    switches=st.tuples(st.booleans(), st.booleans()),
-    numbers=st.fixed_dictionaries({
+def options_of_any_group() -> st.SearchStrategy:
+    return st.fixed_dictionaries({
         "lr": st.floats(1e-3, 2.0),
         "momentum": st.floats(0.1, 1.0),
         "weight_decay": st.sampled_from([0.0, 0.02, 1.0]),
+        "nesterov": st.booleans(),
+        "maximize": st.booleans(),
+        "clip_factor": st.sampled_from([None, 0.0, 0.01, 1.0]),
+        "eps": st.sampled_from([0.0, 1e-3, 1.0]),
         "ema_decay": st.floats(0.0, 1.0),
-    }),
-    scale=st.sampled_from([None, 0.5, 3.0, 65536.0]),
-)  # fmt: skip
-def test_any_strides_dtypes_states_and_options(kernel, p, rule, clip_factor, eps, switches, numbers, scale):
-    options = {"rule": rule, "clip_factor": clip_factor, "eps": eps, "nesterov": switches[0], "maximize": switches[1]}
-    with using(kernel) as backend:
-        assert_steps(backend, [p], grad_scale=None if scale is None else torch.tensor(scale), **options, **numbers)
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(data=st.data(), rule=st.sampled_from(RULES), scale=st.sampled_from([None, 0.5, 3.0, 65536.0]))
+def test_any_strides_dtypes_states_and_options(kernel, data, rule, scale):
+    options = data.draw(st.lists(options_of_any_group(), min_size=1, max_size=2), label="groups")
+    parameters = data.draw(st.lists(parameters_of_any_layout(kernel), min_size=1, max_size=3), label="parameters")
+    groups = [data.draw(st.integers(0, len(options) - 1)) for _ in parameters]
+    grad_scale = None if scale is None else torch.tensor(scale)
+    before = [p.clone() for p in parameters]
+    expected = [
+        expected_step(p, rule=rule, grad_scale=grad_scale, **options[group])
+        for p, group in zip(parameters, groups, strict=True)
+    ]
+    with using(kernel) as backend, nothing_else_written(*(x for p in parameters for x in p.tensors())):
+        step_groups(parameters, groups, options, backend, rule=rule, grad_scale=grad_scale)
+    for p, old, of_p, group in zip(parameters, before, expected, groups, strict=True):
+        assert_stepped(p, old, of_p, options[group]["ema_decay"])

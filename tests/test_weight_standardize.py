@@ -14,7 +14,6 @@ from nfnets_kernels.reference import weight_standardize as reference
 
 from .helpers import (
     DTYPES,
-    FACTORS,
     INFINITY,
     LAYOUTS,
     NAN,
@@ -30,6 +29,7 @@ from .helpers import (
     targets,
     threads,
 )
+from .strategies import FACTORS, SPECIALS, shapes, tensors
 
 TARGETS = targets("weight_standardize")
 OPS = torch.ops.nfnets_kernels
@@ -337,17 +337,20 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(backend):
 def test_any_shape_dtype_and_strides(target, data):
     torch.manual_seed(data.draw(st.integers(0, 999), label="seed"))
     weights, gains = [], []
-    for _ in range(data.draw(st.integers(1, 3))):
-        shape = (data.draw(st.integers(0, 6)), *data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    for _ in range(data.draw(st.integers(1, 3), label="weights")):
+        units, *fan_in = data.draw(shapes(target, 2, 5, side=9))
+        shape = (units, *(max(1, size) for size in fan_in))
         assume(math.prod(shape[1:]) > 1)
-        dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(list(LAYOUTS)))
-        weights.append(randn(shape, dtype, layout))
-        gains.append(data.draw(st.sampled_from([None, randn(shape[0], dtype)])))
+        dtype, shift = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([0.0, 0.0, 1.0, -100.0]))
+        size = data.draw(st.sampled_from([1.0, 1.0, 1e-25, 1e-3, 1e4, 1e15]))
+        weights.append(data.draw(tensors(shape, dtype, size, shift, SPECIALS, read_only=True)))
+        gains.append(data.draw(st.none() | tensors(shape[:1], dtype)))
     with serving(target) as backend:
         check(
             weights,
             gains,
             scales=[data.draw(FACTORS) for _ in weights],
+            eps=data.draw(st.sampled_from([1e-4, 1e-5, 1.0])),
             eps_form=data.draw(st.sampled_from(["clamp", "add"])),
             grad_layout=data.draw(st.sampled_from(list(LAYOUTS))),
             dtype=data.draw(st.sampled_from([None, *DTYPES])),

@@ -31,7 +31,8 @@ def assert_accurate(
         expected: the reference in float64, of the same shape.
         unit_length: terms that the longest sum behind an element adds up.
         ulps: roundings to actual's dtype on the way to an element.
-        magnitude: size of the terms that may have cancelled in an element; default the largest finite |expected|.
+        magnitude: size of the terms that may have cancelled in an element; default the largest finite |expected|. Where
+            it is not finite, nothing may have cancelled.
     """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     assert expected.dtype == torch.float64, "expected must come from the float64 reference"
@@ -49,7 +50,7 @@ def assert_accurate(
         return
     if magnitude is None:
         magnitude = expected[finite].abs().max()
-    scale = torch.as_tensor(magnitude, dtype=torch.float64).expand_as(expected)[finite]
+    scale = torch.as_tensor(magnitude, dtype=torch.float64).expand_as(expected)[finite].nan_to_num(0.0, 0.0, 0.0)
     bound = relative_bound(actual.dtype, unit_length, ulps) * torch.maximum(expected[finite].abs(), scale)
     error = (value[finite] - expected[finite]).abs()
     excess = error - bound - info.smallest_normal * info.eps  # a subnormal's ulp

@@ -13,7 +13,7 @@ namespace {
   }
 
 const Kernels baseline_kernels = NFK_KERNELS(baseline);
-#if defined(__x86_64__)
+#if defined(NFK_WIDER_ISAS)
 const Kernels avx2_kernels = NFK_KERNELS(avx2);
 const Kernels avx512_kernels = NFK_KERNELS(avx512);
 
@@ -28,7 +28,7 @@ bool runs_avx512() {
 
 const Kernels* find(const std::string& isa) {
   const bool widest = isa == "auto";
-#if defined(__x86_64__)
+#if defined(NFK_WIDER_ISAS)
   if ((widest || isa == "avx512") && runs_avx512()) return &avx512_kernels;
   if ((widest || isa == "avx2") && runs_avx2()) return &avx2_kernels;
 #endif

@@ -13,6 +13,11 @@
 #include "../kernels/weight_standardize.h"
 #include "../units.h"
 
+// A build for the sanitizers has the baseline alone: all sets compile one source.
+#if defined(__x86_64__) && !defined(NFK_BASELINE_ONLY)
+#define NFK_WIDER_ISAS
+#endif
+
 namespace nfk {
 namespace cpu {
 
@@ -30,7 +35,7 @@ namespace cpu {
   }
 
 NFK_DECLARE_KERNELS(baseline)
-#if defined(__x86_64__)
+#if defined(NFK_WIDER_ISAS)
 NFK_DECLARE_KERNELS(avx2)
 NFK_DECLARE_KERNELS(avx512)
 #endif
