@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the chosen benchmarks; 1 if a figure failed verification, 130 after Ctrl-C. Or write the report."""
     if sys.argv[1:2] == ["report"]:
-        from benchmarks.report import main as report
+        from benchmarks.report.command import main as report
 
         return report(sys.argv[2:])
     arguments = parse_arguments()
@@ -64,7 +64,7 @@ def main() -> int:
     from benchmarks.clocks import side_stream
     from benchmarks.environment import REPOSITORY, Environment, keep_freed_memory
     from benchmarks.harness import Session, Settings
-    from benchmarks.report import make_console, print_report, write_report
+    from benchmarks.report.command import make_console, print_report, write_report
     from benchmarks.results import Incident, Results
 
     if arguments.threads:

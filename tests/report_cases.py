@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from benchmarks.environment import Environment
-from benchmarks.machines import Machine, Run, group
+from benchmarks.report.machines import Machine, Run, group
 from benchmarks.results import ModelFigures, Results, Timing, Training
 
 # In place of what takes seconds to measure.

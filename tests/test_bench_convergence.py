@@ -11,10 +11,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from benchmarks import __main__, bench_convergence, documents, harness, notes, tables, tune_convergence
+from benchmarks import __main__, bench_convergence, harness, tune_convergence
 from benchmarks.bench_convergence import Threshold
 from benchmarks.digits import ARCHITECTURE, CHANCE, Digits, Recipe, train
 from benchmarks.environment import REPOSITORY, Environment
+from benchmarks.report import documents, notes, tables
 from benchmarks.results import BENCHES, Results, Training
 
 from .report_cases import MATMUL

@@ -11,13 +11,14 @@ from rich.progress import Progress
 from torch import nn
 
 import nfnets_kernels as nfk
-from benchmarks import __main__, bench_models, bench_step, documents, harness, tables, training
+from benchmarks import __main__, bench_models, bench_step, harness, training
 from benchmarks.bench_models import Architecture
 from benchmarks.environment import REPOSITORY, Environment
 from benchmarks.goals import GOALS, Goal
 from benchmarks.harness import Comparison, Contestant, Session
-from benchmarks.machines import Run, group
 from benchmarks.memory import available_memory, peak_tensor_memory
+from benchmarks.report import documents, tables
+from benchmarks.report.machines import Run, group
 from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing
 from nfnets_kernels.models.nfnet import VARIANTS
 

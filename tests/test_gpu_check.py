@@ -21,7 +21,6 @@ from benchmarks import (
     bench_sgd_agc,
     bench_weight_standardize,
     clocks,
-    documents,
     goals,
     gpu_cases,
     gpu_check,
@@ -29,12 +28,12 @@ from benchmarks import (
     gpu_served,
     gpu_step_graph,
     harness,
-    tables,
 )
 from benchmarks.environment import REPOSITORY
 from benchmarks.gpu_check import Stage
 from benchmarks.harness import Comparison, Contestant, Session, Settings
-from benchmarks.machines import Run, group
+from benchmarks.report import documents, tables
+from benchmarks.report.machines import Run, group
 from benchmarks.results import Results, Timing
 from nfnets_kernels import backend, functional
 from nfnets_kernels.backend import Description

@@ -8,9 +8,9 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from benchmarks import documents, headlines, notes, places, plots, tables
-from benchmarks.duels import Duel
-from benchmarks.page import page
+from benchmarks.report import documents, headlines, notes, places, plots, tables
+from benchmarks.report.duels import Duel
+from benchmarks.report.page import page
 from benchmarks.results import BENCHES, NOT_MEASURED, Incident, Results
 
 from .report_cases import STEP, SWEEPS, environment, everything, machines, of, timing

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import __main__, documents, headlines, places, report, tables
+from benchmarks import __main__
 from benchmarks.environment import REPOSITORY
-from benchmarks.machines import Run, group
+from benchmarks.report import command as report
+from benchmarks.report import documents, headlines, places, tables
+from benchmarks.report.machines import Run, group
 from benchmarks.results import BENCHES, NOT_MEASURED, Results
 
 from .report_cases import everything, machines

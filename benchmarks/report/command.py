@@ -10,16 +10,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks import tables
-from benchmarks.documents import overview, summary
 from benchmarks.goals import goal_rows
-from benchmarks.machines import Run, group, machine_line
-from benchmarks.notes import note
-from benchmarks.page import page, progress
-from benchmarks.places import STORED, stored_folders, update
-from benchmarks.plots import drawings, save_png
+from benchmarks.report import tables
+from benchmarks.report.documents import overview, summary
+from benchmarks.report.machines import Run, group, machine_line
+from benchmarks.report.notes import note
+from benchmarks.report.page import page, progress
+from benchmarks.report.places import STORED, stored_folders, update
+from benchmarks.report.plots import drawings, save_png
+from benchmarks.report.tables import Table, table
 from benchmarks.results import BENCHES, Results
-from benchmarks.tables import Table, table
 
 DESCRIPTION = """\
 Writes report.html, one page that needs nothing else, and README.md, a summary, from the results of any number of

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 
-from benchmarks.duels import Duel, fastest
 from benchmarks.goals import RESNETV2, TORCHVISION, TWIN, goal_rows
-from benchmarks.machines import Machine
-from benchmarks.notes import trainings_outcome
+from benchmarks.report.duels import Duel, fastest
+from benchmarks.report.machines import Machine
+from benchmarks.report.notes import trainings_outcome
+from benchmarks.report.tables import DUELS, Table, duel_row, milliseconds, speed_up
 from benchmarks.results import BENCHES, NOT_MEASURED, Results, Timing
-from benchmarks.tables import DUELS, Table, duel_row, milliseconds, speed_up
 
 # The same for all machines, whatever the figures turn out to be: the first case that matches. Every op stands here with
 # the work of a training step, mixed precision included, whether it wins or loses.

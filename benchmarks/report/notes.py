@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from statistics import mean
 
+from benchmarks.report.tables import final_accuracies
 from benchmarks.results import ModelFigures, Results, Training
-from benchmarks.tables import final_accuracies
 
 
 def note(results: Results, bench: str) -> str:

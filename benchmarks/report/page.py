@@ -11,14 +11,14 @@ from markupsafe import Markup, escape
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.documents import METHOD
 from benchmarks.goals import goal_rows
-from benchmarks.headlines import across_machines, headline_table, sentences, unmeasured_kinds
-from benchmarks.machines import Machine, commit, run_line, teraflops
-from benchmarks.notes import note
-from benchmarks.plots import drawings, svg
+from benchmarks.report.documents import METHOD
+from benchmarks.report.headlines import across_machines, headline_table, sentences, unmeasured_kinds
+from benchmarks.report.machines import Machine, commit, run_line, teraflops
+from benchmarks.report.notes import note
+from benchmarks.report.plots import drawings, svg
+from benchmarks.report.tables import GOALS, Table, incident_table, table
 from benchmarks.results import BENCHES, Results
-from benchmarks.tables import GOALS, Table, incident_table, table
 
 TEMPLATE = "page.html.jinja"
 

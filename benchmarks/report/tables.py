@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import NamedTuple
 
-from benchmarks.duels import Duel
+from benchmarks.report.duels import Duel
 from benchmarks.results import BENCHES, NOT_MEASURED, Incident, ModelFigures, Results, Timing, Training
 
 TIMINGS = ["Case", "Contestant", "Backend", "Median ms", "20 to 80 %", "Time / ours", "Of the ceiling", "Cache"]

@@ -20,8 +20,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
+from benchmarks.report.tables import milliseconds
 from benchmarks.results import BENCHES, ModelFigures, Results, Role, Timing, Training
-from benchmarks.tables import milliseconds
 
 COLOURS: dict[Role, str] = {"ours": "#1b7f5c", "peer": "#9aa5b1", "ceiling": "#c8553d"}
 TRAINING_COLOURS = (COLOURS["ours"], "#d9a441", COLOURS["ceiling"], COLOURS["peer"])

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.documents import docs_section, overview, readme_section
 from benchmarks.environment import REPOSITORY
-from benchmarks.machines import Machine
+from benchmarks.report.documents import docs_section, overview, readme_section
+from benchmarks.report.machines import Machine
 from benchmarks.results import BENCHES
 
 COMMAND = "python -m benchmarks report --readme"

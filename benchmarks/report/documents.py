@@ -5,11 +5,11 @@ from os.path import relpath
 from pathlib import Path
 
 from benchmarks.goals import goal_rows
-from benchmarks.headlines import across_machines, headline_table, sentences, unmeasured_kinds
-from benchmarks.machines import Machine, Run, machine_line, run_line
-from benchmarks.notes import note
+from benchmarks.report.headlines import across_machines, headline_table, sentences, unmeasured_kinds
+from benchmarks.report.machines import Machine, Run, machine_line, run_line
+from benchmarks.report.notes import note
+from benchmarks.report.tables import GOALS, Table, compact, incident_table, table
 from benchmarks.results import BENCHES, NOT_MEASURED, Results
-from benchmarks.tables import GOALS, Table, compact, incident_table, table
 
 METHOD = (
     "All contestants of a case run in one process, in turn: a round calls each of them once, so that a change of clock "

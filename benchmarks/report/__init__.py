@@ -1,0 +1,1 @@
+"""What is made of stored results: tables, plots, Markdown, one HTML page."""
