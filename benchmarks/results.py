@@ -69,7 +69,7 @@ class Timing:
 
     @property
     def floor_fraction(self) -> float | None:
-        """The share of the ceiling that was reached; above 1 where data was still in a cache."""
+        """The share of the ceiling that was reached; above 1 in a cache, or where torch's own kernels are slower."""
         return None if self.floor_ms is None or self.role == "ceiling" else self.floor_ms / self.median_ms
 
 

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import track
 
 from benchmarks.bench_convergence import TWIN, Method, Threshold, adaptive, global_norm, recipe_for, train_from
 from benchmarks.digits import Digits
@@ -34,7 +35,7 @@ def accuracies(method: Method, learning_rate: float, digits: Digits) -> Iterator
 def best(what: str, candidates: Mapping[Value, tuple[Method, float]], digits: Digits, console: Console) -> Value:
     """The candidate with the highest mean accuracy, after printing them all."""
     means = {}
-    for value, (method, learning_rate) in candidates.items():
+    for value, (method, learning_rate) in track(candidates.items(), what, console=console, transient=True):
         reached = list(accuracies(method, learning_rate, digits))
         means[value] = mean(reached)
         listed = ", ".join(f"batch {size} {one:.1f}" for size, one in zip(BATCH_SIZES, reached, strict=True))

@@ -21,7 +21,7 @@ METHOD = (
     "The ceilings, memory bandwidth by kind of access and the rate of matrix products, are measured with torch's own "
     "kernels in the same process. The floor of a case is the time that its unavoidable bytes or multiply-adds take "
     'there, whichever is more; "of the ceiling" is that floor over the time reached (memory or matmul: which of the '
-    "two), above 100 % where data was still in a cache.",
+    "two). It exceeds 100 % where data was still in a cache, or where a kernel reads faster than torch's own sum does.",
     "On a GPU the times are those of the device by CUDA events, of replays of a CUDA graph where a call can be "
     "captured; host time is what a call takes until it returns. Clocks are recorded as found, never changed.",
     "Peers run at their best: fused and foreach forms, torch.compile, CUDA graphs, channels_last; a quick run leaves "
