@@ -115,7 +115,12 @@ def check(f, shortcut, small, backend, *, key="relu", scale=1.7, alpha=0.2, grad
     if small.keys() <= {"bias"}:
         overwritten = residual(f.clone(), shortcut, key, **options, inplace=True)
         assert_equal(overwritten, results)
-        assert_equal(torch.autograd.grad(overwritten, inputs.values(), cotangents), grads)
+        again = torch.autograd.grad(overwritten, inputs.values(), cotangents)
+        if [x.stride() for x in overwritten] == [x.stride() for x in results]:
+            assert_equal(again, grads)
+        else:  # the bias's gradient is summed in the order of memory
+            of_names = dict(zip(inputs, again, strict=True))
+            assert_results(inputs, overwritten, cotangents, of_names, key=key, scale=scale, alpha=alpha)
     return results
 
 

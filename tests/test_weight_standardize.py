@@ -342,7 +342,10 @@ def test_any_shape_dtype_and_strides(target, data):
         shape = (units, *(max(1, size) for size in fan_in))
         assume(math.prod(shape[1:]) > 1)
         dtype, shift = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([0.0, 0.0, 1.0, -100.0]))
-        size = data.draw(st.sampled_from([1.0, 1.0, 1e-25, 1e-3, 1e4, 1e15]))
+        sizes = [1.0, 1.0, 1e-25, 1e-3, 1e4]
+        if dtype != torch.float64:  # where the reference cannot tell deviations of equal weights of 1e15 from rounding
+            sizes.append(1e15)
+        size = data.draw(st.sampled_from(sizes))
         weights.append(data.draw(tensors(shape, dtype, size, shift, SPECIALS, read_only=True)))
         gains.append(data.draw(st.none() | tensors(shape[:1], dtype)))
     with serving(target) as backend:
