@@ -12,7 +12,8 @@ from .helpers import DEVICE, INFINITY, NAN
 # Static factors, away from those that are subnormal in float32.
 FACTORS = st.sampled_from([0.0, 1.0]) | st.floats(0.01, 4.0) | st.floats(-4.0, -0.01)
 # 1e-40 is subnormal in float32 and bfloat16, 3e-6 in float16.
-SMALL_SPECIALS = (NAN, 0.0, -0.0, 1e-40, -3e-6)
+NO_SUBNORMALS = (NAN, 0.0, -0.0)
+SMALL_SPECIALS = (*NO_SUBNORMALS, 1e-40, -3e-6)
 SPECIALS = (*SMALL_SPECIALS, INFINITY, -INFINITY)
 
 # Of a tensor's longest dim, where kernels run and where every thread or program of theirs is emulated.
