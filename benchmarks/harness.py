@@ -263,17 +263,17 @@ class Session:
         Where that fails, calls stay what is timed, or nothing of a contestant that is to be a graph.
         """
         contestant, run = entrant.contestant, entrant.run
-        rotates = isinstance(run, Rotation)
+        # Copies of a rotation have been checked, and changed, in its first round of calls.
+        work, calls = (run.all, len(run.calls)) if isinstance(run, Rotation) else (run, 1)
         try:
-            replay = captured(run.all if isinstance(run, Rotation) else run, self.graph_pool)
+            replay = captured(work, self.graph_pool)
         except Exception as error:
             self._report_skipped(comparison, contestant, "" if contestant.graphed else "calls are timed, ", error)
             return None if contestant.graphed else entrant
         comparison.setup()
         value = replay()
-        if contestant.role != "ceiling" and not rotates:
+        if contestant.role != "ceiling" and not isinstance(run, Rotation):
             comparison.check(f"{contestant.name}, replayed", value)
-        calls = len(run.calls) if isinstance(run, Rotation) else 1
         return replace(entrant, run=replay, method="graph", calls=calls)
 
     def _report_skipped(self, comparison: Comparison, contestant: Contestant, what: str, error: Exception) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -118,3 +119,37 @@ def run_sanitized(*arguments: str, **variables: str) -> subprocess.CompletedProc
     """Python with these arguments, in `sanitized_environment`."""
     environment = sanitized_environment(**variables)
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+# The gradient's memory ends after 4096 elements, as the sanitizer knows and torch does not.
+_CLIP = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import torch
+from tests.native import serve_extension
+
+backend, length, library = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+if backend == "cuda":
+    from tests.emulator import serve_cpu_tensors
+
+    serve_cpu_tensors(library)
+else:
+    serve_extension(library)
+import nfnets_kernels as nfk
+
+memory = np.ones(4096, dtype=np.float32)
+p = torch.nn.Parameter(torch.ones(length))
+p.grad = torch.from_numpy(np.lib.stride_tricks.as_strided(memory, (length,)))
+nfk.agc_(p, backend=backend)
+print("clipped:", bool((torch.from_numpy(memory) < 1).all()))
+"""
+
+
+def assert_overrun_is_reported(backend: str, elements: int, source: str, library: str) -> None:
+    """A sanitized library clips a gradient in its memory, and is caught where it reads so many elements beyond it."""
+    right = run_sanitized("-c", _CLIP, backend, "4096", library)
+    assert (right.returncode, right.stdout) == (0, "clipped: True\n"), right.stderr
+    wrong = run_sanitized("-c", _CLIP, backend, str(4096 + elements), library)
+    assert wrong.returncode != 0 and "clipped:" not in wrong.stdout
+    assert re.search(rf"heap-buffer-overflow.*{re.escape(source)}", wrong.stderr, re.DOTALL), wrong.stderr

@@ -66,15 +66,19 @@ def generated(machines: Sequence[Machine], root: Path = REPOSITORY) -> Iterator[
     yield folder / "README.md", overview(machines, folder)
 
 
+def stale_texts(machines: Sequence[Machine], root: Path) -> dict[Path, str]:
+    """What should stand in the files in which it does not."""
+    return {path: text for path, text in generated(machines, root) if not path.exists() or path.read_text() != text}
+
+
 def stale(machines: Sequence[Machine], root: Path = REPOSITORY) -> list[Path]:
     """The files whose generated text is not that of the results."""
-    return [path for path, text in generated(machines, root) if not path.exists() or path.read_text() != text]
+    return list(stale_texts(machines, root))
 
 
 def update(machines: Sequence[Machine], root: Path = REPOSITORY) -> list[Path]:
     """Write them anew; the files that changed."""
-    changed = stale(machines, root)
-    for path, text in generated(machines, root):
-        if path in changed:
-            path.write_text(text)
-    return changed
+    changed = stale_texts(machines, root)
+    for path, text in changed.items():
+        path.write_text(text)
+    return list(changed)

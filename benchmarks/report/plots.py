@@ -20,7 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.report.tables import milliseconds
+from benchmarks.report.tables import final_accuracies, milliseconds
 from benchmarks.results import BENCHES, ModelFigures, Results, Role, Timing, Training
 
 COLOURS: dict[Role, str] = {"ours": "#1b7f5c", "peer": "#9aa5b1", "ceiling": "#c8553d"}
@@ -75,19 +75,23 @@ def svg(draw: Callable[[], Figure], name: str) -> str:
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", element)
 
 
+def two_columns(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, of a height in inches, side by side in pairs."""
+    rows = (count + 1) // 2
+    figure, grid = plt.subplots(rows, 2, figsize=(12, rows * height + 0.5), squeeze=False, layout="constrained")
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
 def plot_timings(title: str, machine: str, cases: dict[str, list[Timing]]) -> Figure:
     """A panel per case: a bar per contestant, whiskers from the 20th to the 80th percentile, ceilings as lines."""
-    rows = (len(cases) + 1) // 2
     bars = max(sum(timing.role != "ceiling" for timing in timings) for timings in cases.values())
-    figure, grid = plt.subplots(
-        rows, 2, figsize=(12, rows * (0.3 * bars + 0.9) + 0.5), squeeze=False, layout="constrained"
-    )
+    figure, panels = two_columns(len(cases), 0.3 * bars + 0.9)
     figure.suptitle(f"{title} ({machine}); shorter is faster", fontweight="bold")
-    panels = list(grid.flat)
-    for axes, (case, timings) in zip(panels, cases.items(), strict=False):
+    for axes, (case, timings) in zip(panels, cases.items(), strict=True):
         plot_case(axes, case, timings)
-    for axes in panels[len(cases) :]:
-        axes.set_axis_off()
     ceilings, names = panels[0].get_legend_handles_labels()
     if ceilings:
         figure.legend(ceilings, names, frameon=False, ncols=len(names), loc="outside lower center")
@@ -139,7 +143,7 @@ def plot_trainings(results: Results) -> Figure:
 def plot_training(axes: Axes, runs_of: dict[int, list[Training]], colour: str) -> None:
     """The line of one contestant, given its runs by batch size; a cross where a seed diverged."""
     name = next(iter(runs_of.values()))[0].contestant
-    reached = [[run.test_accuracy[-1] for run in runs] for runs in runs_of.values()]
+    reached = list(map(final_accuracies, runs_of.values()))
     means = [mean(one) for one in reached]
     axes.plot(list(runs_of), means, color=colour, linewidth=1.5, label=name)
     axes.fill_between(list(runs_of), list(map(min, reached)), list(map(max, reached)), color=colour, alpha=0.15, lw=0)
@@ -185,14 +189,10 @@ def plot_points(axes: Axes, points: dict[ModelFigures, tuple[float, float]]) -> 
 
 def plot_sweeps(machine: str, sweeps: dict[str, dict[str, list[Timing]]]) -> Figure:
     """A panel per sweep: time against what is varied, both logarithmic, with the floor."""
-    rows = (len(sweeps) + 1) // 2
-    figure, grid = plt.subplots(rows, 2, figsize=(12, 4 * rows + 0.5), squeeze=False, layout="constrained")
+    figure, panels = two_columns(len(sweeps), height=4)
     figure.suptitle(f"{BENCHES['scaling']} ({machine}); lower is faster", fontweight="bold")
-    panels = list(grid.flat)
-    for axes, (sweep, contestants) in zip(panels, sweeps.items(), strict=False):
+    for axes, (sweep, contestants) in zip(panels, sweeps.items(), strict=True):
         plot_sweep(axes, sweep, contestants)
-    for axes in panels[len(sweeps) :]:
-        axes.set_axis_off()
     return figure
 
 
