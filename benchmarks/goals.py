@@ -174,6 +174,11 @@ def measured(goal: Goal, results: Results) -> Sequence[Timing]:
     return results.cases(goal.bench).get(goal.case, ())
 
 
+def own_goal_rows(results: Results) -> list[list[str]]:
+    """``goal_rows`` of the goals for the machine of some results alone."""
+    return [row for row in goal_rows([results]) if row[0] != "-"]
+
+
 def goal_rows(all_results: Iterable[Results]) -> list[list[str]]:
     """Machine, work, goal and verdict of every goal on every machine; where there is none, that it is not measured."""
     rows: list[tuple[str, Goal, Sequence[Timing]]] = [

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.goals import goal_rows
+from benchmarks.goals import own_goal_rows
 from benchmarks.report import tables
 from benchmarks.report.documents import overview, summary
 from benchmarks.report.machines import Run, group, machine_line
@@ -47,7 +47,7 @@ def print_report(results: Results, console: Console) -> None:
             console.print(rich_table(title, full))
             if text := note(results, bench):
                 console.print(text, highlight=False, markup=False)
-    if reached := [row[1:] for row in goal_rows([results]) if row[-1].startswith("goal")]:
+    if reached := [row[1:] for row in own_goal_rows(results) if row[-1].startswith("goal")]:
         console.print(rich_table("Goals", Table(tables.GOALS[1:], reached)))
     console.print(machine_line(results), markup=False)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 
-from benchmarks.goals import RESNETV2, TORCHVISION, TWIN, goal_rows
+from benchmarks.goals import RESNETV2, TORCHVISION, TWIN, own_goal_rows
 from benchmarks.report.duels import Duel, fastest
 from benchmarks.report.machines import Machine
 from benchmarks.report.notes import trainings_outcome
@@ -86,8 +86,7 @@ def batch_norm_sentences(results: Results) -> Iterator[str]:
 
 def goal_sentences(results: Results) -> Iterator[str]:
     """How many goals for a machine are met, and which are missed."""
-    rows = goal_rows([results])
-    own = [row for row in rows if row[0] != "-"]
+    own = own_goal_rows(results)
     met, missed = ([row for row in own if row[-1].startswith(f"goal {how}")] for how in ("met", "missed"))
     unknown = len(own) - len(met) - len(missed)
     yield f"Goals for such a machine: {len(met)} met, {len(missed)} missed, {unknown} {NOT_MEASURED}."

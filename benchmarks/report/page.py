@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.goals import goal_rows
+from benchmarks.goals import goal_rows, own_goal_rows
 from benchmarks.report.documents import METHOD
 from benchmarks.report.headlines import across_machines, headline_table, sentences, unmeasured_kinds
 from benchmarks.report.machines import Machine, commit, run_line, teraflops
@@ -85,7 +85,7 @@ def chapter(machine: Machine, console: Console) -> Chapter:
         environment=environment_table(machine),
         ceilings=ceiling_table(results),
         sections=[section(machine, bench, plots.get(bench, "")) for bench in BENCHES],
-        goals=Table(GOALS[1:], [row[1:] for row in goal_rows([results]) if row[0] != "-"]),
+        goals=Table(GOALS[1:], [row[1:] for row in own_goal_rows(results)]),
         incidents=incident_table(results.incidents),
     )
 
