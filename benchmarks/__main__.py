@@ -1,6 +1,7 @@
 """Command line of the benchmarks: ``python -m benchmarks --help``."""
 
 import argparse
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -33,12 +34,27 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="where results replace earlier ones (default: benchmarks/results/MACHINE, with --only MACHINE/partial)",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a run of the same code on this machine was cut off: what DIR has is not measured again",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and networks (default: 0)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds per timing (default: what the time allows)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="of the training step (default: 8, on a GPU 256)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="of the training step (default: 8; on a GPU 256, with --full also 32)",
+    )
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="of the training step (default: 224)")
+    parser.add_argument(
+        "--max-autotune",
+        action="store_true",
+        help="on a GPU: networks under torch.compile in its slowest mode, minutes for each (default: ops alone)",
+    )
     parser.add_argument(
         "--keep-memory",
         action=argparse.BooleanOptionalAction,
@@ -55,6 +71,8 @@ def main() -> int:
 
         return report(sys.argv[2:])
     arguments = parse_arguments()
+    # A shell ignores it for what it starts in the background, `timeout -s INT` included.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # Only now, so that --help answers at once.
     import torch
@@ -70,18 +88,26 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    large, small = (8, None) if device == "cpu" else (256, 32 if arguments.full else None)
     settings = Settings(
         device=device,
         quick=not arguments.full,
         seed=arguments.seed,
         rounds=arguments.rounds,
-        batch_size=arguments.batch_size or (8 if device == "cpu" else 256),
+        batch_size=arguments.batch_size or large,
         image_size=arguments.image_size,
+        small_batch_size=None if arguments.batch_size else small,
+        max_autotune=arguments.max_autotune,
     )
     results = Results(Environment.record(device, arguments.keep_memory and keep_freed_memory()))
     folder = arguments.output or REPOSITORY / "benchmarks" / "results" / results.environment.slug
     if arguments.only and not arguments.output:
         folder /= "partial"
+    if arguments.resume:
+        try:
+            results.resume(folder)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
 
     console = make_console()
     console.print(str(nfk.backend.describe()), markup=False, highlight=False)

@@ -75,7 +75,7 @@ class Clipping:
     """The parameters of a model, whose gradients are restored before every call, in new tensors or in the same."""
 
     def __init__(self, session: Session, new: bool) -> None:
-        self.params = make_params(MODEL, session.settings.device, clipped=True)
+        self.params = make_params(MODEL, session.settings.device)
         self.grads = [param.grad for param in self.params if param.grad is not None]
         # A stub writes no gradient. Restoring them would sweep the CPU's caches, which a GPU's memory traffic does not.
         self.originals = [grad.clone() for grad in self.grads] if session.settings.on_gpu else []

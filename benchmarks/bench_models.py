@@ -12,9 +12,9 @@ import torch
 
 import nfnets_kernels as nfk
 from benchmarks import peers
-from benchmarks.forms import verified
+from benchmarks.forms import all_forms, verified
 from benchmarks.goals import ACCELERATED, compiled_case
-from benchmarks.harness import Session
+from benchmarks.harness import Session, Settings
 from benchmarks.memory import available_memory, peak_tensor_memory
 from benchmarks.results import Incident, ModelFigures
 from benchmarks.training import (
@@ -23,7 +23,6 @@ from benchmarks.training import (
     Network,
     clipped_by_ours,
     clipped_by_timm,
-    compiled,
     inference,
     training,
     training_step,
@@ -75,18 +74,19 @@ class Architecture:
     makes: Sequence[Make]
     accuracy: float | None = None
     source: str = ""
-    compiled: bool = False
-    """on a GPU, also under torch.compile, which takes minutes"""
+    in_all_forms: bool = False
+    """on a GPU, also in CUDA graphs and under torch.compile, which takes minutes"""
     on_gpu: Sequence[Make] = ()
     """further networks on a GPU"""
 
 
 def run(session: Session) -> None:
-    """One architecture after the other, in float32 or, on a GPU, under bfloat16 autocast."""
+    """One architecture after the other, the quick ones first, in float32 or, on a GPU, under bfloat16 autocast."""
     settings = session.settings
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.benchmark = settings.on_gpu
     chosen = [one for one in architectures() if one.name in QUICK or not settings.quick]
+    chosen.sort(key=lambda one: one.name not in QUICK)
     for architecture in session.track(chosen, BENCH):
         measure(session, architecture)
 
@@ -109,21 +109,24 @@ def measure(session: Session, architecture: Architecture) -> None:
     if not networks:
         return
     rounds = None if settings.on_gpu else ROUNDS_QUICK if settings.quick else ROUNDS_FULL
-    steps = training(BENCH, figures[0].training_case, networks, batch, optional)
-    steps = verified(steps, {network.name: (network, network) for network in networks}, batch)
-    session.compare(replace(steps, rounds=rounds))
-    if settings.on_gpu and architecture.compiled:
-        steps = training(
-            BENCH, compiled_case(figures[0].training_case), compiled_beside(networks), batch, optional=True
-        )
-        session.compare(replace(steps, rounds=rounds))
+    forms = {
+        form.name: (form, network)
+        for network in networks
+        for form in (all_forms(network, settings, compile_too=False) if architecture.in_all_forms else [network])
+    }
+    steps = training(BENCH, figures[0].training_case, [form for form, _ in forms.values()], batch, optional)
+    session.compare(replace(verified(steps, forms, batch), rounds=rounds))
     forwards = inference(BENCH, figures[0].inference_case, networks, batch, optional)
     session.compare(replace(forwards, rounds=rounds))
+    if settings.on_gpu and architecture.in_all_forms:
+        case, beside = compiled_case(figures[0].training_case), compiled_beside(architecture, networks, settings)
+        session.compare(replace(training(BENCH, case, beside, batch, optional=True), rounds=rounds))
 
 
-def compiled_beside(networks: list[Network]) -> list[Network]:
-    """Ours, and under torch.compile ours and timm's."""
-    return [networks[0], *(compiled(network) for network in networks[:2])]
+def compiled_beside(architecture: Architecture, networks: Sequence[Network], settings: Settings) -> list[Network]:
+    """Ours as it is, and all but what is for GPUs alone under torch.compile, in calls and in CUDA graphs."""
+    compiled = networks[: len(architecture.makes)]
+    return [networks[0], *(form for one in compiled for form in all_forms(one, settings, True) if form.compiled)]
 
 
 def fits(session: Session, bench: str, network: Network, batch: Batch, case: str) -> bool:
@@ -186,7 +189,7 @@ def architectures() -> Iterator[Architecture]:
         # cuDNN's grouped convolutions may be faster in either memory format.
         on_gpu = [partial(ours_contiguous, "nfnet_f0", stochdepth_rate=STOCHASTIC_DEPTH)] if f0 else []
         name = f"NFNet-{variant.upper()}"
-        yield Architecture(name, size, makes, accuracy, source, compiled=f0, on_gpu=on_gpu)
+        yield Architecture(name, size, makes, accuracy, source, in_all_forms=f0, on_gpu=on_gpu)
 
 
 def ours(name: str, device: str, **options: Any) -> Network:

@@ -66,7 +66,7 @@ class State:
 def comparison(session: Session, title: str, averaged: bool) -> Comparison:
     """Our step in one pass beside clipping and torch's optimizer in passes of their own."""
     torch.manual_seed(session.settings.seed)
-    params = bench_agc.make_params(MODELS[title], session.settings.device, clipped=True)
+    params = bench_agc.make_params(MODELS[title], session.settings.device)
     state = State(params, averaged)
     contestants = [*ours(session, state), *separate(state)]
     contestants[-1].run()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby, product
 
 import torch
 from torch import nn
@@ -32,44 +33,72 @@ class Precision:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How a network is trained and run."""
+
+    batch_size: int
+    layout: str
+    precision: Precision
+
+
 def run(session: Session) -> None:
-    """Training and inference in every precision and memory format; then what takes minutes to compile."""
+    """Training and inference in every variant, what decides most first; then what takes minutes to compile."""
     settings = session.settings
     # As training scripts do, on a GPU: cuDNN then takes the algorithms that are fastest for these shapes.
     torch.backends.cudnn.benchmark = settings.on_gpu
-    for layout, precision in session.track(list(variants(settings)), BENCH):
-        torch.manual_seed(settings.seed)
-        count = 4 if settings.quick and not settings.on_gpu else 5
-        networks = make_networks(settings.device, FORMATS[layout], count)
-        batch = Batch.random(
-            settings.device, settings.batch_size, settings.image_size, precision.dtype, FORMATS[layout]
-        )
-        name = precision.name if layout == "NHWC" else f"{precision.name}, {layout}"
-        rounds = settings.rounds_of_steps
-        session.compare(replace(training(session, name, networks, batch), rounds=rounds))
+    for variant, compile_too in session.track(list(plan(settings)), BENCH):
+        measure(session, variant, compile_too)
+
+
+def plan(settings: Settings) -> Iterator[tuple[Variant, bool]]:
+    """The variants of each precision, and those of them in which the networks are compiled too."""
+    for _, same in groupby(variants(settings), key=lambda variant: variant.precision):
+        chosen = list(same)
+        yield from ((variant, False) for variant in chosen)
+        yield from ((variant, True) for variant in chosen if compiles(settings, variant))
+
+
+def measure(session: Session, variant: Variant, compile_too: bool) -> None:
+    """Compare the networks in one variant: a step and inference, or what torch.compile makes of a step."""
+    settings = session.settings
+    torch.manual_seed(settings.seed)
+    memory_format = FORMATS[variant.layout]
+    networks = make_networks(settings.device, memory_format, count_of_networks(settings, compile_too))
+    dtype = variant.precision.dtype
+    batch = Batch.random(settings.device, variant.batch_size, settings.image_size, dtype, memory_format)
+    name = variant.precision.name + ("" if variant.layout == "NHWC" else f", {variant.layout}")
+    rounds = settings.rounds_of_steps
+    session.compare(replace(training(session, name, networks, batch, compile_too), rounds=rounds))
+    if not compile_too:
         session.compare(replace(inference(name, networks, batch), rounds=rounds))
-        if compiles(settings, layout, precision):
-            compiled = training(session, name, networks, batch, compile_too=True)
-            session.compare(replace(compiled, rounds=rounds))
 
 
-def variants(settings: Settings) -> Iterator[tuple[str, Precision]]:
-    """Layouts and precisions. float16 is for GPUs: CPUs without AMX-FP16 multiply it no faster than float32."""
+def count_of_networks(settings: Settings, compile_too: bool) -> int:
+    """How many of the five: to compile all of them takes a CPU an hour, and quickly it has no time for the last."""
+    return 3 if compile_too else 4 if settings.quick and not settings.on_gpu else 5
+
+
+def variants(settings: Settings) -> Iterator[Variant]:
+    """All of them. float16 is for GPUs: CPUs without AMX-FP16 multiply it no faster than float32."""
     tf32 = settings.on_gpu and torch.backends.cudnn.allow_tf32
     precisions = [
         Precision("float32, TF32 convolutions" if tf32 else "float32", torch.float32),
         Precision("bfloat16 autocast", torch.bfloat16),
     ]
+    if settings.on_gpu:
+        precisions.reverse()
     if settings.on_gpu and not settings.quick:
-        precisions.append(Precision("float16 autocast", torch.float16))
-    for layout in ("NHWC",) if settings.quick else FORMATS:
-        for precision in precisions:
-            yield layout, precision
+        precisions.insert(1, Precision("float16 autocast", torch.float16))
+    sizes = [size for size in (settings.batch_size, settings.small_batch_size) if size is not None]
+    for precision, layout, size in product(precisions, ("NHWC",) if settings.quick else FORMATS, sizes):
+        yield Variant(size, layout, precision)
 
 
-def compiles(settings: Settings, layout: str, precision: Precision) -> bool:
+def compiles(settings: Settings, variant: Variant) -> bool:
     """Whether torch.compile, which takes minutes, is compared too: on a GPU even quickly in bfloat16."""
-    return layout == "NHWC" and (not settings.quick or (settings.on_gpu and precision.dtype == torch.bfloat16))
+    in_bfloat16 = settings.on_gpu and variant.precision.dtype == torch.bfloat16
+    return variant.layout == "NHWC" and (not settings.quick or in_bfloat16)
 
 
 def make_networks(
@@ -99,8 +128,6 @@ def training(
     session: Session, title: str, networks: Sequence[Network], batch: Batch, compile_too: bool = False
 ) -> Comparison:
     """A step of each network in all forms; ours must have the reference's gradients and clip as timm does."""
-    if compile_too:  # three networks: an hour for all of them on a CPU
-        networks = networks[:3]
     forms = {
         form.name: (form, network) for network in networks for form in all_forms(network, session.settings, compile_too)
     }

@@ -158,6 +158,8 @@ def captured(run: Call, pool: Any = None) -> Call:
             value = run()
     except Exception as error:
         # A broken capture raises once more when it ends; what broke it is the context of that.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise RuntimeError(f"not captured: {error.__context__ or error}") from error
 
     def replay() -> object:

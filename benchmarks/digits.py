@@ -36,11 +36,11 @@ class Digits:
     test_labels: torch.Tensor
 
     @classmethod
-    def load(cls, device: str) -> "Digits":
-        """The 8x8 digits at 16x16, for which the networks have strides enough; every fifth image is for testing."""
+    def load(cls, device: str, size: int = 16, mode: str = "nearest") -> "Digits":
+        """The 8x8 digits at a size for which the networks have strides enough; every fifth image is for testing."""
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
-        images = F.interpolate(images, scale_factor=2, mode="nearest").to(device)
+        images = F.interpolate(images, size=(size, size), mode=mode).to(device)
         images = images.contiguous(memory_format=torch.channels_last)
         return cls._split(images, torch.tensor(digits.target, device=device))
 
@@ -77,6 +77,10 @@ class Recipe:
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / (steps - warm_up))
 
 
+# Of images and labels: one step of training, which returns the loss.
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Test accuracy in percent and mean training loss after every epoch.
@@ -98,10 +102,31 @@ def train(
     recipe: Recipe,
     seed: int,
 ) -> Outcome:
-    """Train on the images in the seed's order, which is the same for every network; NaN or infinite losses end it."""
+    """Train with torch's SGD; ``clip`` precedes its steps."""
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(model, images, labels)
+        loss.backward()
+        clip()
+        optimizer.step()
+        return loss.detach()
+
+    return train_in_steps(model, optimizer, step, digits, recipe, seed)
+
+
+def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with smoothed labels."""
+    return F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
+
+
+def train_in_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, digits: Digits, recipe: Recipe, seed: int
+) -> Outcome:
+    """Train on the images in the seed's order, which is the same for every network; NaN or infinite losses end it."""
     images = len(digits.train_labels)
     steps = recipe.steps(images)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(recipe.learning_rate_factor, steps))
@@ -114,14 +139,9 @@ def train(
     for epoch in batches.tensor_split(recipe.epochs):
         epoch_losses = []
         for indices in epoch:
-            optimizer.zero_grad(set_to_none=True)
-            logits = model(digits.train_images[indices])
-            loss = F.cross_entropy(logits, digits.train_labels[indices], label_smoothing=LABEL_SMOOTHING)
-            loss.backward()
-            clip()
-            optimizer.step()
+            loss = step(digits.train_images[indices], digits.train_labels[indices])
             schedule.step()
-            epoch_losses.append(loss.detach())
+            epoch_losses.append(loss)
         accuracies.append(accuracy(model, digits))
         mean_loss = torch.stack(epoch_losses).mean().item()
         if not math.isfinite(mean_loss):

@@ -27,8 +27,8 @@ def graphed(network: Network) -> Network:
 
 
 def all_forms(network: Network, settings: Settings, compile_too: bool) -> list[Network]:
-    """A network in all forms that this machine can run, eager first; compiling takes minutes."""
-    forms = [network, *([training.compiled(network, settings.compile_mode)] if compile_too else [])]
+    """A network in all forms that this machine can run, eager first; compiling takes a minute each."""
+    forms = [network, *([training.compiled(network, settings.compile_mode_of_networks)] if compile_too else [])]
     return [*forms, *map(graphed, forms)] if settings.on_gpu else forms
 
 

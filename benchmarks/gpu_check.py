@@ -1,7 +1,8 @@
 """Everything there is to check on a CUDA machine, in 8 minutes: ``python -m benchmarks.gpu_check OUTDIR``.
 
 Every stage is a process with its own log and time limit; one that fails does not stop the next. What is left in OUTDIR:
-a log per stage, the tests' JUnit files, ``results/`` of the benchmarks with their report, and ``summary.json``.
+a log per stage, the tests' JUnit files, ``results/`` of the benchmarks with their report, ``summary.json``, and all of
+it once more in one archive, ``gpu_check.tar.gz``.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +23,7 @@ from typing import Literal
 from benchmarks.environment import REPOSITORY, slug
 
 BUDGET_SECONDS = 480.0
+ARCHIVE = "gpu_check.tar.gz"
 OP_TESTS = (
     *("agc", "agc_contract", "agc_oracles", "sgd_agc", "sgd_agc_contract", "clip_statistics"),
     *("weight_standardize", "scaled_activation", "residual"),
@@ -55,7 +58,7 @@ class Outcome:
 def stages(folder: Path, capability: str) -> list[Stage]:
     """What is done on a card of a compute capability, in this order: what decides most comes first.
 
-    What precedes the tests may take 470 of the 480 seconds even if every stage of it runs into its limit, so that the
+    What precedes the tests may take 475 of the 480 seconds even if every stage of it runs into its limit, so that the
     benchmarks are never cut short by what comes before; the tests share what the others have left over.
     """
     results = str(folder / "results")
@@ -71,14 +74,15 @@ def stages(folder: Path, capability: str) -> list[Stage]:
         Stage("describe", (*PYTHON, "benchmarks.gpu_served"), 15),
         Stage("graphs", (*PYTHON, "benchmarks.gpu_cases", "graphs", "--seconds", "20", *kernels), 40),
         Stage("step_graph", (*PYTHON, "benchmarks.gpu_step_graph"), 20),
-        Stage("compare", (*PYTHON, "benchmarks.gpu_cases", "compare", "--seconds", "25", *kernels, "reference"), 45),
+        Stage("digits", (*PYTHON, "benchmarks.gpu_digits"), 25, modules=("sklearn", "rich")),
+        Stage("compare", (*PYTHON, "benchmarks.gpu_cases", "compare", "--seconds", "20", *kernels, "reference"), 40),
         # 12 cases hold units of every length, a crowd of tensors for each op, permuted formats and misaligned tensors.
         Stage("memcheck", (*sanitizer("memcheck", "nfk"), "--cases", "12", "--seconds", "15", *cuda_kernels), 35,
               least=20, environment=uncached),
         Stage("racecheck", (*sanitizer("racecheck", "nfk"), "--cases", "12", "--seconds", "15", *cuda_kernels), 35,
               least=20),
         Stage("benchmarks", (*PYTHON, "benchmarks", "--device", "cuda", "--quick", "--output", results,
-                             "--only", *OP_BENCHES), 180, least=30,
+                             "--only", *OP_BENCHES), 165, least=30,
               modules=("timm", "torchvision", "rich", "matplotlib")),
         Stage("report", (*PYTHON, "benchmarks", "report", results, "--output", str(folder)), 20,
               modules=("rich", "matplotlib", "jinja2")),
@@ -167,8 +171,8 @@ def check(folder: Path, todo: Sequence[Stage], budget: float) -> list[Outcome]:
     deadline = time.monotonic() + budget
     outcomes: list[Outcome] = []
     for stage in todo:
-        print(f"{stage.name} ...", flush=True)
         outcomes.append(run_stage(stage, folder, deadline))
+        print(row(outcomes[-1]), flush=True)  # at once: whoever is cut off still knows of this one
         summary = {"passed": all_passed(outcomes), "stages": [asdict(outcome) for outcome in outcomes]}
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return outcomes
@@ -179,13 +183,19 @@ def all_passed(outcomes: Sequence[Outcome]) -> bool:
     return all(outcome.status == "passed" for outcome in outcomes)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """One line per stage."""
-    rows = [("stage", "status", "seconds", "what failed")]
-    rows += [(one.stage, one.status, f"{one.seconds:.1f}", one.detail) for one in outcomes]
-    return "\n".join(
-        f"{stage:<26}{status:<11}{seconds:>8}  {detail}".rstrip() for stage, status, seconds, detail in rows
-    )
+def row(outcome: Outcome) -> str:
+    """A stage in one line: name, status, seconds, and what failed."""
+    return f"{outcome.stage:<26}{outcome.status:<11}{outcome.seconds:>8.1f}  {outcome.detail}".rstrip()
+
+
+def archive(folder: Path) -> Path:
+    """Everything in a folder as one file in it."""
+    path = folder / ARCHIVE
+    with tarfile.open(path, "w:gz") as packed:
+        for member in sorted(folder.iterdir()):
+            if member != path:
+                packed.add(member, f"gpu_check/{member.name}")
+    return path
 
 
 def publish(results: Path, gpu: str) -> None:
@@ -209,9 +219,11 @@ def main() -> int:
         parser.error(f"{folder} is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    outcomes = check(folder, stages(folder, capability), BUDGET_SECONDS)
-    publish(folder / "results", torch.cuda.get_device_name())
-    print(table(outcomes))
+    try:
+        outcomes = check(folder, stages(folder, capability), BUDGET_SECONDS)
+        publish(folder / "results", torch.cuda.get_device_name())
+    finally:
+        print(f"Everything is in {archive(folder)}", flush=True)
     return 0 if all_passed(outcomes) else 1
 
 

@@ -29,12 +29,13 @@ from benchmarks.clocks import (
 )
 from benchmarks.environment import other_cpu_seconds
 from benchmarks.memory import peak_tensor_memory
-from benchmarks.results import Cache, Incident, Method, ModelFigures, Results, Role, Timing, Training
+from benchmarks.results import Cache, Incident, Method, ModelFigures, Profile, Results, Role, Timing, Training
 
 Item = TypeVar("Item")
 
 # Cores that other processes may keep busy during a timing before it is called disturbed.
 DISTURBANCE = 0.2
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Settings:
     rounds: int | None
     batch_size: int
     image_size: int
+    small_batch_size: int | None = None
+    """a second one of the training step"""
+    max_autotune: bool = False
+    """torch.compile of networks in the mode that tries most, which takes minutes for each"""
 
     @property
     def on_gpu(self) -> bool:
@@ -56,7 +61,12 @@ class Settings:
     @property
     def compile_mode(self) -> str | None:
         """The mode of torch.compile: on a GPU the one that tries most, whose kernels the harness puts into graphs."""
-        return "max-autotune-no-cudagraphs" if self.on_gpu and not self.quick else None
+        return MAX_AUTOTUNE if self.on_gpu and not self.quick else None
+
+    @property
+    def compile_mode_of_networks(self) -> str | None:
+        """As ``compile_mode``, for what is no single op."""
+        return MAX_AUTOTUNE if self.on_gpu and self.max_autotune else None
 
     @property
     def seconds(self) -> float:
@@ -172,6 +182,8 @@ class Session:
         self.results = results
         self.folder = folder
         self.progress = progress
+        # By a run that this one goes on with.
+        self.finished = {(timing.bench, timing.case) for timing in results.timings}
         self.clock = make_clock(settings.device)
         self.evict = Eviction(settings.device)
         # Graphs that never run at the same time can share their memory.
@@ -191,6 +203,8 @@ class Session:
 
     def compare(self, comparison: Comparison) -> None:
         """Verify, time and record a comparison; one that fails verification is recorded as failed, without figures."""
+        if (comparison.bench, comparison.case) in self.finished:
+            return
         try:
             entrants = self._verify(comparison)
         except BenchmarkError as error:
@@ -202,7 +216,13 @@ class Session:
 
     def add_model(self, model: ModelFigures) -> None:
         """Record what is known of a network besides its times."""
-        self.results.models.append(model)
+        if model not in self.results.models:  # of a run that this one goes on with
+            self.results.models.append(model)
+
+    def add_profile(self, profile: Profile) -> None:
+        """Record where the time of a step goes."""
+        self.results.profiles.append(profile)
+        self.results.save(self.folder)
 
     def add_training(self, training: Training) -> None:
         """Record a finished training run."""
@@ -290,7 +310,7 @@ class Session:
         rounds = self._rounds(comparison, entrants)
         task = self.progress.add_task(f"  {comparison.case}", total=rounds)
         try:
-            with self._watch_other_processes(comparison):
+            with self.watch_other_processes(comparison.bench, comparison.case):
                 samples = interleave(runs, rounds, clock, before, lambda: self.progress.advance(task))
         finally:
             self.progress.remove_task(task)
@@ -321,7 +341,7 @@ class Session:
         return self.settings.rounds or min(max(int(self.settings.seconds / seconds), fewest), most)
 
     @contextmanager
-    def _watch_other_processes(self, comparison: Comparison) -> Iterator[None]:
+    def watch_other_processes(self, bench: str, case: str) -> Iterator[None]:
         """Say so if others used the CPU: they slow code with many parallel regions, mostly the peers, by up to 100x."""
         before, start = other_cpu_seconds(), time.perf_counter()
         yield
@@ -329,7 +349,7 @@ class Session:
         if before is None or after is None or (after - before) / seconds < DISTURBANCE:
             return
         reason = f"other processes kept {(after - before) / seconds:.1f} cores busy; run it again on an idle machine"
-        self.report_incident(Incident(comparison.bench, comparison.case, "disturbed", reason))
+        self.report_incident(Incident(bench, case, "disturbed", reason))
 
     def _record(
         self,

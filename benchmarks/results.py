@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ BENCHES = {
     "host": "Host time of one call",
     "in_step": "Optimizer and weights within a training step",
     "step": "Training step and inference",
+    "profile": "Where a training step's time goes",
     "models": "Networks at the size they are trained at",
     "scaling": "Cost as networks, batches and threads grow",
     "distributed": "Data parallel training step in two processes",
@@ -128,6 +130,42 @@ class ModelFigures:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """Everything of one name that one training step runs: kernels on a GPU; on a CPU operators, without what they call.
+
+    ``updating``: it belongs to gradient clipping and the optimizer, not to the forward and backward pass.
+    """
+
+    name: str
+    updating: bool
+    ms: float
+    launches: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a network's training step goes.
+
+    ``step_ms`` is a step's median time while nobody watches; ``steps`` others were watched, and ``kernels`` are their
+    mean. ``batch_norm``: the network has BatchNorm layers.
+    """
+
+    case: str
+    contestant: str
+    role: Role
+    backend: str
+    batch_norm: bool
+    steps: int
+    step_ms: float
+    kernels: list[Kernel]
+
+    @property
+    def gap_ms(self) -> float:
+        """What is left of a step outside all kernels: a GPU waits for its host, or a CPU runs Python."""
+        return max(0.0, self.step_ms - sum(kernel.ms for kernel in self.kernels))
+
+
+@dataclass(frozen=True)
 class Incident:
     """A figure that is missing or, if disturbed, not to be trusted, and why."""
 
@@ -151,6 +189,7 @@ class Results:
     timings: list[Timing] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
     models: list[ModelFigures] = field(default_factory=list)
+    profiles: list[Profile] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
 
     def cases(self, bench: str) -> dict[str, list[Timing]]:
@@ -178,28 +217,61 @@ class Results:
             grouped.setdefault(training.batch_size, {}).setdefault(training.contestant, []).append(training)
         return grouped
 
+    def profiled(self) -> dict[str, list[Profile]]:
+        """The profiles by case."""
+        grouped: dict[str, list[Profile]] = {}
+        for profile in self.profiles:
+            grouped.setdefault(profile.case, []).append(profile)
+        return grouped
+
     def times(self, model: ModelFigures) -> tuple[Timing | None, Timing | None]:
         """How long a network took for a training step and for inference, where that was measured."""
         timings = {(one.case, one.contestant): one for one in self.timings if one.bench == "models"}
         training, inference = ((case, model.contestant) for case in (model.training_case, model.inference_case))
         return timings.get(training), timings.get(inference)
 
+    def resume(self, folder: Path) -> None:
+        """Take over the comparisons that a run of the same code on the same machine has finished in a folder, if any.
+
+        Training runs, and what is measured in processes of its own, are not taken over. ``ValueError`` where the
+        figures are of other code or of another machine.
+        """
+        if not (folder / "results.json").exists():
+            return
+        earlier = Results.load(folder)
+        for name in ("commit", "dirty", "nfnets_kernels", "torch", "device", "gpu", "cpu", "threads"):
+            before, now = getattr(earlier.environment, name), getattr(self.environment, name)
+            if before != now:
+                raise ValueError(f"{folder}: what is there was measured with {name} {before}, and now it is {now}")
+        self.timings = [timing for timing in earlier.timings if timing.bench != "distributed"]
+        self.models, self.profiles = earlier.models, earlier.profiles
+        finished = {(timing.bench, timing.case) for timing in self.timings}
+        self.incidents = [one for one in earlier.incidents if (one.bench, one.case) in finished]
+
     def save(self, folder: Path) -> None:
-        """Write ``results.json`` and ``results.csv``."""
+        """Write ``results.json``, ``results.csv`` with the timings and, where there are any, ``kernels.csv``."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._save_csv(folder / "results.csv")
+        self._save_csv(folder / "results.csv", [one.name for one in fields(Timing)], map(asdict, self.timings))
+        if self.profiles:
+            columns = ["case", "contestant", *(one.name for one in fields(Kernel))]
+            kernels = (
+                {"case": profile.case, "contestant": profile.contestant, **asdict(kernel)}
+                for profile in self.profiles
+                for kernel in profile.kernels
+            )
+            self._save_csv(folder / "kernels.csv", columns, kernels)
         # Whole or not at all: an interruption must not cost what was finished.
         partial = folder / "results.json.partial"
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
         partial.replace(folder / "results.json")
 
-    def _save_csv(self, path: Path) -> None:
+    def _save_csv(self, path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
         # Every row names machine and versions, so that files of several machines can simply be concatenated.
         environment = {key: value for key, value in asdict(self.environment).items() if key != "command"}
         with path.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, [*(column.name for column in fields(Timing)), *environment])
+            writer = csv.DictWriter(stream, [*columns, *environment])
             writer.writeheader()
-            writer.writerows({**asdict(timing), **environment} for timing in self.timings)
+            writer.writerows({**row, **environment} for row in rows)
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -212,5 +284,9 @@ class Results:
             timings=[Timing(**row) for row in stored["timings"]],
             trainings=[Training(**row) for row in stored["trainings"]],
             models=[ModelFigures(**row) for row in stored.get("models", [])],  # older results have none
+            profiles=[
+                Profile(**{**row, "kernels": [Kernel(**kernel) for kernel in row["kernels"]]})
+                for row in stored.get("profiles", [])  # older results have none
+            ],
             incidents=[Incident(**row) for row in stored["incidents"]],
         )

@@ -178,26 +178,44 @@ def training(bench: str, case: str, networks: Sequence[Network], batch: Batch, o
     )
 
 
-def training_step(network: Network, batch: Batch) -> Callable[[], torch.Tensor]:
-    """One step as a function that returns the loss; float16's is scaled, as its gradients would otherwise underflow."""
-    optimizer = network.optimizer
-    if optimizer is None:
+@dataclass(frozen=True)
+class TrainingStep:
+    """One step as a function that returns the loss, or its two halves."""
+
+    network: Network
+    batch: Batch
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def gradients(self) -> torch.Tensor:
+        """Forward, loss and backward."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.batch.loss(self.network.model)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clipping and the optimizer."""
+        if self.network.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.network.clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def __call__(self) -> torch.Tensor:
+        """Both."""
+        loss = self.gradients()
+        self.update()
+        return loss
+
+
+def training_step(network: Network, batch: Batch) -> TrainingStep:
+    """A step of a network; float16's loss is scaled, as its gradients would otherwise underflow."""
+    if network.optimizer is None:
         raise ValueError(f"{network.name} has no optimizer")
     # From the start at a scale with which no step overflows and is skipped: that would be faster.
     scaler = torch.amp.GradScaler(batch.images.device.type, init_scale=2.0**10, enabled=batch.dtype == torch.float16)
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = batch.loss(network.model)
-        scaler.scale(loss).backward()
-        if network.clip is not None:
-            scaler.unscale_(optimizer)
-            network.clip()
-        scaler.step(optimizer)
-        scaler.update()
-        return loss.detach()
-
-    return step
+    return TrainingStep(network, batch, network.optimizer, scaler)
 
 
 def drop_gradients(networks: Sequence[Network]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from benchmarks.environment import Environment
 from benchmarks.report.machines import Machine, Run, group
-from benchmarks.results import ModelFigures, Results, Timing, Training
+from benchmarks.results import Kernel, ModelFigures, Profile, Results, Timing, Training
 
 # In place of what takes seconds to measure.
 MATMUL = dict.fromkeys(("float32", "bfloat16", "float16"), 1e12)
@@ -63,6 +63,9 @@ def everything(gpu: str | None = None) -> Results:
     ]
     figures = ("nfnets_kernels nfnet_f0", "ours", "NFNet-F0, batch 8 at 192, float32", 8, 192, 71_489_000)
     results.models.append(ModelFigures(*figures, 6_980_000_000, 83.6, "somebody"))
+    for name, role, batch_norm in (("nfnets_kernels nf_resnet50", "ours", False), ("BatchNorm twin", "peer", True)):
+        kernels = [Kernel("aten::mkldnn_convolution", False, 300.0, 53.0), Kernel("aten::<b>|", False, 100.0, 1.0)]
+        results.profiles.append(Profile(f"{STEP}, float32", name, role, "cpu", batch_norm, 1, 954.0, kernels))
     for name, last in (("NF-ResNet with AGC", 97.0), ("BatchNorm twin", 98.0)):
         role = "peer" if name == "BatchNorm twin" else "ours"
         results.trainings.append(Training(name, role, "cpu", 0, 2.0, [50.0, last], [1.0, 0.5], 64, 0.02))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -198,6 +199,36 @@ def test_what_quick_leaves_out(monkeypatch):
         measured.clear()
         bench_models.run(session(quick=quick))
         assert len(measured) == count
+
+
+def test_the_quick_networks_come_first(monkeypatch):
+    measured = []
+    monkeypatch.setattr(bench_models, "measure", lambda told, architecture: measured.append(architecture.name))
+    bench_models.run(session(quick=False))
+    assert measured[:2] == ["NFNet-F0", "ResNet-50"] and measured[-1] == "NFNet-F6"
+
+
+def test_a_gpu_runs_nfnet_f0_in_all_forms(monkeypatch):
+    """Ours, timm's and timm's accelerated: eager, in a CUDA graph, compiled, and both."""
+    f0 = next(one for one in bench_models.architectures() if one.in_all_forms)
+    small = [partial(tiny, "ours"), partial(tiny, "theirs"), partial(tiny, "accelerated")]
+    monkeypatch.setattr(harness.Settings, "on_gpu", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    told = session(batch_size=2)
+    bench_models.measure(told, replace(f0, makes=small, on_gpu=[partial(tiny, "contiguous")], image_size=32))
+    assert (f0.name, len(f0.makes), len(f0.on_gpu)) == ("NFNet-F0", 3, 1)
+    assert [one.case.split(", ", 3)[-1] for one in told.comparisons] == [
+        "training step", "inference", "training step, with torch.compile"
+    ]  # fmt: skip
+    names = ["nfnets_kernels tiny", "timm theirs", "timm accelerated"]
+    steps, _, compiled = ([contestant.name for contestant in one.contestants] for one in told.comparisons)
+    assert steps == [f"{name}{form}" for name in (*names, "timm contiguous") for form in ("", ", CUDA graph")]
+    assert compiled == [
+        names[0],
+        *(f"{name}, torch.compile{form}" for name in names for form in ("", ", CUDA graph")),
+    ]
+    assert all(one.optional and one.compiled for one in told.comparisons[2].contestants[1:])
+    assert [one.graphed for one in told.comparisons[0].contestants] == [False, True] * 4
 
 
 def test_nfnets_are_measured_at_the_size_that_they_are_trained_at():

@@ -1,7 +1,9 @@
 """The benchmarks of steps: their forms and the check of each, float16, what is timed within a step, the sweeps."""
 
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,17 @@ from rich.progress import Progress
 from torch import nn
 
 import nfnets_kernels as nfk
-from benchmarks import bench_in_step, bench_models, bench_scaling, bench_step, clocks, forms, harness, training
+from benchmarks import (
+    __main__,
+    bench_in_step,
+    bench_models,
+    bench_scaling,
+    bench_step,
+    clocks,
+    forms,
+    harness,
+    training,
+)
 from benchmarks.bn_resnet import BNResNet
 from benchmarks.checks import BenchmarkError
 from benchmarks.environment import Environment
@@ -101,16 +113,66 @@ def test_forms_of_a_cpu_and_of_a_gpu(monkeypatch):
     ]
 
 
-def test_what_quick_leaves_out(monkeypatch):
-    def names(**changes) -> list[str]:
-        return [f"{layout} {precision.name}" for layout, precision in bench_step.variants(replace(SETTINGS, **changes))]
+def described(**changes) -> list[str]:
+    found = bench_step.variants(replace(SETTINGS, **changes))
+    return [f"{one.batch_size} {one.layout} {one.precision.name}" for one in found]
 
-    assert names() == ["NHWC float32", "NHWC bfloat16 autocast"]
-    assert names(quick=False) == [
-        f"{layout} {name}" for layout in ("NHWC", "NCHW") for name in ("float32", "bfloat16 autocast")
+
+def test_what_quick_leaves_out(monkeypatch):
+    assert described() == ["2 NHWC float32", "2 NHWC bfloat16 autocast"]
+    assert described(quick=False) == [
+        f"2 {layout} {name}" for name in ("float32", "bfloat16 autocast") for layout in ("NHWC", "NCHW")
     ]
     monkeypatch.setattr(Settings, "on_gpu", True)
-    assert "NCHW float16 autocast" in names(quick=False)
+    assert [one.split(",")[0] for one in described()] == ["2 NHWC bfloat16 autocast", "2 NHWC float32"]
+
+
+def test_a_gpu_is_measured_at_two_batch_sizes_and_in_bfloat16_first(monkeypatch):
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    full = described(quick=False, batch_size=256, small_batch_size=32)
+    assert full[:6] == [
+        "256 NHWC bfloat16 autocast", "32 NHWC bfloat16 autocast", "256 NCHW bfloat16 autocast",
+        "32 NCHW bfloat16 autocast", "256 NHWC float16 autocast", "32 NHWC float16 autocast",
+    ]  # fmt: skip
+    assert len(set(full)) == len(full) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "arguments, sizes",
+    [((), (256, None)), (("--full",), (256, 32)), (("--full", "--batch-size", "64"), (64, None))],
+)
+def test_batch_sizes_of_a_gpu(arguments, sizes, monkeypatch):
+    class Chosen(Exception):
+        pass
+
+    def chosen(**settings):
+        raise Chosen(settings["batch_size"], settings["small_batch_size"])
+
+    monkeypatch.setattr(harness, "Settings", chosen)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda", *arguments])
+    with pytest.raises(Chosen) as raised:
+        __main__.main()
+    assert raised.value.args == sizes
+
+
+def test_in_each_precision_what_takes_minutes_to_compile_comes_last(monkeypatch):
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back in the end
+    measured = []
+    monkeypatch.setattr(bench_step, "measure", lambda session, *what: measured.append(what))
+    settings = replace(SETTINGS, quick=False, batch_size=256, small_batch_size=32)
+    bench_step.run(SimpleNamespace(settings=settings, track=lambda items, description: items))
+    assert [compile_too for _, compile_too in measured] == ([False] * 4 + [True] * 2) * 3
+    assert [variant.batch_size for variant, compile_too in measured if compile_too][:2] == [256, 32]
+    assert [variant.precision.dtype for variant, _ in measured[:7:6]] == [torch.bfloat16, torch.float16]
+
+
+def test_the_slowest_mode_of_the_compiler_is_for_ops_unless_asked_for(monkeypatch):
+    full = replace(SETTINGS, quick=False)
+    assert (full.compile_mode, full.compile_mode_of_networks) == (None, None)
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    assert (full.compile_mode, full.compile_mode_of_networks) == ("max-autotune-no-cudagraphs", None)
+    assert replace(full, max_autotune=True).compile_mode_of_networks == "max-autotune-no-cudagraphs"
 
 
 def flat(model: nn.Module) -> torch.Tensor:

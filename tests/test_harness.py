@@ -1,5 +1,6 @@
 """The harness of the benchmarks: order of calls, caches, rotations, ceilings, and figures that it refuses to report."""
 
+import contextlib
 import json
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from benchmarks.checks import BenchmarkError
 from benchmarks.clocks import Rotation, copies_to_rotate, interleave, turns
 from benchmarks.environment import Environment, cpu_clocks
 from benchmarks.harness import Comparison, Contestant, Point, Session, Settings
-from benchmarks.results import Results
+from benchmarks.results import Incident, Results
 from nfnets_kernels import functional
 
 SETTINGS = Settings(device="cpu", quick=True, seed=0, rounds=3, batch_size=1, image_size=32)
@@ -196,6 +197,27 @@ def test_a_contestant_that_is_to_be_a_graph_is_nothing_else(session, monkeypatch
     assert [one.reason for one in session.results.incidents if one.kind == "skipped"] == ["eager: not captured: no"]
 
 
+@pytest.mark.parametrize("error, raised", [(ValueError("no"), RuntimeError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_an_interruption_of_a_capture_is_no_failure_of_it(error, raised, monkeypatch):
+    """A capture that something ends early raises in turn when it ends."""
+
+    @contextlib.contextmanager
+    def graph(*arguments, **options):
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture ended")
+
+    def run():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(raised, match="not captured: no" if raised is RuntimeError else None):
+        clocks.captured(run)
+
+
 def test_compiling_is_told_apart(session):
     first = iter([0.05])
 
@@ -234,6 +256,33 @@ def test_sweeps_are_in_ascending_order(session):
     }
 
 
+def test_a_run_goes_on_where_another_was_cut_off(session):
+    session.compare(comparison(OURS))
+    session.results.timings.append(replace(session.results.timings[0], bench="distributed"))
+    session.report_incident(Incident("scaled_activation", "case", "disturbed", "kept"))
+    session.report_incident(Incident("scaled_activation", "another case", "failed", "measured again"))
+    results = Results(session.results.environment)
+    results.resume(session.folder)
+    assert results.timings == session.results.timings[:1]
+    reasons = [one.reason for one in results.incidents]
+    assert "kept" in reasons and "measured again" not in reasons
+    with Progress(disable=True) as progress:
+        resumed = Session(SETTINGS, results, session.folder, progress)
+        resumed.compare(comparison(replace(OURS, run=lambda: pytest.fail("it was measured"))))
+        resumed.compare(replace(comparison(OURS), case="another case"))
+    assert [one.case for one in Results.load(session.folder).timings] == ["case", "another case"]
+
+
+def test_a_run_goes_on_with_nothing_and_not_with_other_code(session, tmp_path):
+    results = Results(session.results.environment)
+    results.resume(tmp_path / "not there yet")
+    assert results == Results(session.results.environment)
+    session.compare(comparison(OURS))
+    other = Results(replace(results.environment, commit="another"))
+    with pytest.raises(ValueError, match=r"measured with commit \w+, and now it is another"):
+        other.resume(session.folder)
+
+
 def test_results_are_replaced_whole(session, monkeypatch):
     session.compare(comparison(OURS))
     before = (session.folder / "results.json").read_text()
@@ -256,6 +305,21 @@ def test_ceilings_are_positive_and_cover_what_is_counted(monkeypatch):
     assert set(bandwidth) == {"read", "copy", "update"}
     assert set(matmul) == {"float32", "bfloat16", "float16"}
     assert all(rate > 0 for rate in (*bandwidth.values(), *matmul.values()))
+
+
+def test_a_ceiling_is_the_20th_percentile_and_reading_the_fastest_kernel(monkeypatch):
+    monkeypatch.setattr(ceilings, "eviction_bytes", lambda device: 4000)
+    monkeypatch.setattr(ceilings, "BANDWIDTH_BYTES", 4000)
+    monkeypatch.setattr(ceilings, "CPU_SIDE", 10)
+    # A sum, a maximum, a product of two tensors, a copy, an update; most rounds are slow.
+    fast = [4.0, 8.0, 2.0, 1.0, 16.0]
+    seconds = iter(fast * 4 + [5 * each for each in fast] * (ceilings.ROUNDS - 4))
+    rates = ceilings.measure_bandwidth("cpu", lambda run: (run(), next(seconds))[1])
+    assert rates == {"read": 8000 / 2.0, "copy": 8000 / 1.0, "update": 8000 / 16.0}
+    times = iter([3.0, 2.0, 1.0] * ceilings.ROUNDS)
+    assert ceilings.measure_matmul("cpu", lambda run: next(times)) == {
+        "float32": 2000 / 3.0, "bfloat16": 2000 / 2.0, "float16": 2000 / 1.0
+    }  # fmt: skip
 
 
 def test_the_machine_is_recorded_as_it_is_found():

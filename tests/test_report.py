@@ -142,7 +142,9 @@ def test_a_sweep_is_plotted_with_its_floor():
         heights = band.get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == pytest.approx((0.9 * twice[0], 1.1 * twice[-1]))
     plots.plt.close(figure)
-    assert set(plots.drawings(everything())) == {"agc", "scaled_activation", "step", "scaling", "models", "convergence"}
+    assert set(plots.drawings(everything())) == {
+        "agc", "scaled_activation", "step", "profile", "scaling", "models", "convergence"
+    }  # fmt: skip
 
 
 def test_a_plot_takes_the_colour_of_the_page():
@@ -249,7 +251,8 @@ def test_the_page_holds_everything(whole_page):
     for text in (
         *BENCHES.values(), "lean <b>eager</b> | & co", "2100 to 2100", "matrix products, float32", "0.15 TFLOP/s",
         "<i>case</i>", "0.90x (slower)", "goal missed: 1.09x, at least 1.15x as fast as BatchNorm twin", NOT_MEASURED,
-        "accuracy as published", *documents.METHOD, "floor: memory bandwidth", "Across machines",
+        "accuracy as published", *documents.METHOD, "floor: memory bandwidth", "Across machines", "aten::<b>|",
+        "300 ms, 31%, 53x",
     ):  # fmt: skip
         assert text in found.text, text
     assert "lean <b>" not in whole_page and "<i>case" not in whole_page
@@ -257,6 +260,23 @@ def test_the_page_holds_everything(whole_page):
     alone = Page(page(machines(everything()), QUIET))
     assert "GPU: not measured yet." in alone.text and "Across machines" not in alone.text
     assert "CPU: not measured yet." in Page(page([], QUIET)).text
+
+
+def test_a_profile_is_stacked_up_to_the_time_of_the_step():
+    figure = plots.plot_profiles(everything())
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["nfnets_kernels nf_resnet50", "BatchNorm twin"]
+    of_ours = [bars[0] for bars in axes.containers]
+    assert [bar.get_width() for bar in of_ours if bar.get_width()] == [300.0, 100.0, 554.0]
+    assert of_ours[-1].get_x() + of_ours[-1].get_width() == pytest.approx(954.0)
+    assert axes.containers[-1].get_label() == "outside operators"
+    plots.plt.close(figure)
+
+
+def test_of_several_runs_the_one_with_most_profiles_counts():
+    old, new = everything(), Results(environment(date="2021-02-12"), profiles=everything().profiles[:1])
+    (machine,) = machines(old, new)
+    assert machine.results.profiles == old.profiles
 
 
 def test_notes_say_how_training_went():

@@ -8,7 +8,7 @@ from benchmarks.goals import goal_rows
 from benchmarks.report.headlines import across_machines, headline_table, sentences, unmeasured_kinds
 from benchmarks.report.machines import Machine, Run, machine_line, run_line
 from benchmarks.report.notes import note
-from benchmarks.report.tables import GOALS, Table, compact, incident_table, table
+from benchmarks.report.tables import GOALS, Table, compact, incident_table, kernel_table, table
 from benchmarks.results import BENCHES, NOT_MEASURED, Results
 
 METHOD = (
@@ -19,9 +19,10 @@ METHOD = (
     "Cache: before a call its data was evicted from the last-level cache (cold), or lay there as the preceding work of "
     "a training step had left it (in step).",
     "The ceilings, memory bandwidth by kind of access and the rate of matrix products, are measured with torch's own "
-    "kernels in the same process. The floor of a case is the time that its unavoidable bytes or multiply-adds take "
+    "kernels in the same process, each at the 20th percentile of its times, reading by the fastest of several kernels. "
+    "The floor of a case is the time that its unavoidable bytes or multiply-adds take "
     'there, whichever is more; "of the ceiling" is that floor over the time reached (memory or matmul: which of the '
-    "two). It exceeds 100 % where data was still in a cache, or where a kernel reads faster than torch's own sum does.",
+    "two). It exceeds 100 % where data was still in a cache, or where a kernel moves data faster than torch's own do.",
     "On a GPU the times are those of the device by CUDA events, of replays of a CUDA graph where a call can be "
     "captured; host time is what a call takes until it returns. Clocks are recorded as found, never changed.",
     "Peers run at their best: fused and foreach forms, torch.compile, CUDA graphs, channels_last; a quick run leaves "
@@ -38,6 +39,8 @@ def summary(results: Results) -> str:
     for bench, title in BENCHES.items():
         full = table(results, bench)
         figures = [note(results, bench), full.markdown()] if full.rows else [NOT_MEASURED]
+        if bench == "profile" and full.rows:
+            figures.append(kernel_table(results).markdown())
         parts.append("\n\n".join([f"## {title}", *filter(None, figures)]))
     if results.timings:
         parts.append(f"## Goals\n\n{Table(GOALS, goal_rows([results])).markdown()}")

@@ -26,7 +26,11 @@ class Run:
     def figures(self, bench: str) -> int:
         """The number of figures that a bench has left."""
         results = self.results
-        others = {"convergence": len(results.trainings), "models": len(results.models)}
+        others = {
+            "convergence": len(results.trainings),
+            "models": len(results.models),
+            "profile": len(results.profiles),
+        }
         return sum(timing.bench == bench for timing in results.timings) + others.get(bench, 0)
 
 
@@ -85,6 +89,7 @@ class Machine:
                 merged.incidents += [one for one in run.results.incidents if one.bench == bench]
                 merged.trainings += run.results.trainings if bench == "convergence" else []
                 merged.models += run.results.models if bench == "models" else []
+                merged.profiles += run.results.profiles if bench == "profile" else []
         return merged
 
 

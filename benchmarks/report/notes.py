@@ -11,7 +11,25 @@ def note(results: Results, bench: str) -> str:
     """What has to be known of the table of a bench that has figures; mostly nothing."""
     if bench == "convergence":
         return trainings_note(results)
+    if bench == "profile":
+        return profile_note(results)
     return models_note(results.models) if bench == "models" else ""
+
+
+def profile_note(results: Results) -> str:
+    """What has to be known of the table of profiles."""
+    of_gpu = (
+        "Device time of kernels by torch.profiler; idle: what a step takes beyond the sum of its kernels, in which the "
+        "GPU waits for Python to launch the next one"
+    )
+    of_cpu = (
+        "Self time of operators by torch.profiler; outside operators: what a step takes beyond their sum, in Python"
+    )
+    return (
+        f"{of_gpu if results.environment.gpu else of_cpu}. The step's own time is a median without the profiler. "
+        "Where a network has no BatchNorm, its kernels count as weight standardization, which timm runs through them; "
+        "all that clipping and the optimizer launch is theirs."
+    )
 
 
 def models_note(models: Sequence[ModelFigures]) -> str:

@@ -17,7 +17,7 @@ from benchmarks.report.headlines import across_machines, headline_table, sentenc
 from benchmarks.report.machines import Machine, commit, run_line, teraflops
 from benchmarks.report.notes import note
 from benchmarks.report.plots import drawings, svg
-from benchmarks.report.tables import GOALS, Table, incident_table, table
+from benchmarks.report.tables import GOALS, Table, incident_table, kernel_table, table
 from benchmarks.results import BENCHES, Results
 
 TEMPLATE = "page.html.jinja"
@@ -32,6 +32,8 @@ class Section:
     note: str
     table: Table
     plot: str
+    kernels: Table
+    """of profiles, the names behind the table's categories"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def section(machine: Machine, bench: str, plot: str) -> Section:
         note=note(machine.results, bench) if full.rows else "",
         table=full,
         plot=Markup(plot),
+        kernels=kernel_table(machine.results) if bench == "profile" else Table([], []),
     )
 
 

@@ -20,8 +20,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.report.tables import final_accuracies, milliseconds
-from benchmarks.results import BENCHES, ModelFigures, Results, Role, Timing, Training
+from benchmarks.kernel_categories import CATEGORIES, by_category
+from benchmarks.report.tables import final_accuracies, gap_name, milliseconds
+from benchmarks.results import BENCHES, ModelFigures, Profile, Results, Role, Timing, Training
 
 COLOURS: dict[Role, str] = {"ours": "#1b7f5c", "peer": "#9aa5b1", "ceiling": "#c8553d"}
 TRAINING_COLOURS = (COLOURS["ours"], "#d9a441", COLOURS["ceiling"], COLOURS["peer"])
@@ -37,6 +38,10 @@ STYLE: dict[Any, Any] = {
 }
 PEER_COLOURS = (COLOURS["peer"], "#d9a441", "#5b8fd0", "#a47fc4", "#c77f9a")
 OUR_COLOURS = (COLOURS["ours"], "#6cc5a1", "#3f9fa3")
+# Of the categories of kernels, neighbours of different brightness.
+CATEGORY_COLOURS = (
+    "#3b5f8a", "#9db8d6", "#c8553d", "#e8a87c", "#1b7f5c", "#d9a441", "#7a5ea8", "#c9a3d4", "#6fb7b7", "#9aa5b1",
+)  # fmt: skip
 FLOORS = {"memory": "memory bandwidth", "matmul": "matrix products"}
 
 
@@ -49,6 +54,8 @@ def drawings(results: Results) -> dict[str, Callable[[], Figure]]:
             found[bench] = partial(plot_timings, title, machine, cases)
     if results.trainings:
         found["convergence"] = partial(plot_trainings, results)
+    if results.profiles:
+        found["profile"] = partial(plot_profiles, results)
     if any(results.times(model)[0] for model in results.models):
         found["models"] = partial(plot_models, results)
     if sweeps := results.sweeps():
@@ -229,6 +236,37 @@ def plot_floor(axes: Axes, timings: Sequence[Timing]) -> None:
     if floors:
         label = f"floor: {' or '.join(bounds)}"
         axes.plot(list(floors), list(floors.values()), "--", color=COLOURS["ceiling"], lw=1.2, label=label)
+
+
+def plot_profiles(results: Results) -> Figure:
+    """A panel per case: a bar per network, of what its step spends on each category and of what is left."""
+    cases = results.profiled()
+    heights = [len(profiles) + 1.5 for profiles in cases.values()]
+    size = (12, 0.45 * sum(heights) + 1.2)
+    figure, grid = plt.subplots(len(cases), figsize=size, height_ratios=heights, squeeze=False, layout="constrained")
+    panels = list(grid.flat)
+    figure.suptitle(f"{BENCHES['profile']} ({results.environment.machine})", fontweight="bold")
+    for axes, (case, profiles) in zip(panels, cases.items(), strict=True):
+        plot_profile(axes, profiles, gap_name(results))
+        axes.set_title(fill(case, width=100))
+    bars, names = panels[0].get_legend_handles_labels()
+    figure.legend(bars, names, frameon=False, ncols=4, loc="outside lower center")
+    return figure
+
+
+def plot_profile(axes: Axes, profiles: Sequence[Profile], gap: str) -> None:
+    """The bars of one case; all categories, so that every legend is the same."""
+    names = [profile.contestant for profile in profiles]
+    found = [by_category(profile) for profile in profiles]
+    starts = [0.0] * len(profiles)
+    for category, colour in zip(CATEGORIES, CATEGORY_COLOURS, strict=True):
+        widths = [categories.get(category, (0.0, 0.0))[0] for categories in found]
+        axes.barh(names, widths, left=starts, color=colour, height=0.65, label=category)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    gaps = [profile.gap_ms for profile in profiles]
+    axes.barh(names, gaps, left=starts, color="none", edgecolor="#9aa5b1", hatch="//", height=0.65, label=gap)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
 
 
 def by_value(timings: Sequence[Timing]) -> dict[float, Timing]:

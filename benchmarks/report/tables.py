@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from statistics import mean
+from textwrap import shorten
 from typing import NamedTuple
 
+from benchmarks.kernel_categories import CATEGORIES, by_category, category_of
 from benchmarks.report.duels import Duel
-from benchmarks.results import BENCHES, NOT_MEASURED, Incident, ModelFigures, Results, Timing, Training
+from benchmarks.results import BENCHES, NOT_MEASURED, Incident, ModelFigures, Profile, Results, Timing, Training
 
 TIMINGS = ["Case", "Contestant", "Backend", "Median ms", "20 to 80 %", "Time / ours", "Of the ceiling", "Cache"]
 # Shown where anything of the bench has such a figure.
@@ -14,6 +16,8 @@ MODELS = ["Network", "Params, M", "MACs, G", "Image", "Step, ms", "Inference, ms
 TRAININGS = ["Case", "Contestant", "Backend", "Test accuracy, %", "Lowest to highest", "Diverged", "Time, s"]
 DUELS = ["Work", "nfnets_kernels", "Strongest peer", "Speed-up", "Of the ceiling"]
 POINTS = ["Case", "At", "nfnets_kernels, ms", "Peer, ms", "Strongest peer", "Speed-up", "Floor, ms", "Bound by"]
+KERNELS = ["Case", "Network", "Name", "What", "ms", "Share", "Launches"]
+SHOWN_KERNELS = 10
 GOALS = ["Machine", "Work", "Goal", "Reached"]
 INCIDENTS = ["Benchmark", "Case", "What", "Why"]
 
@@ -52,6 +56,8 @@ def table(results: Results, bench: str) -> Table:
         return Table(MODELS, [model_row(results, model) for model in results.models])
     if bench == "scaling":
         return Table(POINTS, point_rows(results))
+    if bench == "profile":
+        return profile_table(results)
     rows = [
         # The name of a case stands once, at the first of its contestants.
         timing_row(timing, case if index == 0 else "", on_gpu=results.environment.gpu is not None)
@@ -96,7 +102,7 @@ def milliseconds(value: float) -> str:
 
 def compact(results: Results, bench: str) -> Table:
     """A row per case of a bench, ours against the strongest peer; benches that have their own kind of table keep it."""
-    if bench in ("convergence", "models", "scaling"):
+    if bench in ("convergence", "models", "scaling", "profile"):
         return table(results, bench)
     duels = {case: Duel.of(timings) for case, timings in results.cases(bench).items()}
     return Table(DUELS, [duel_row(case, duel) for case, duel in duels.items() if duel])
@@ -158,6 +164,57 @@ def model_row(results: Results, model: ModelFigures) -> list[str]:
         megabytes(training) if training else "-",
         f"{model.accuracy:.1f}" if model.accuracy else "-",
     ]
+
+
+def profile_table(results: Results) -> Table:
+    """What a step spends on what: a row per category, a column per network."""
+    names = list(dict.fromkeys(profile.contestant for profile in results.profiles))
+    rows = []
+    for case, profiles in results.profiled().items():
+        columns = {profile.contestant: profile_cells(results, profile) for profile in profiles}
+        shown = [
+            what for what in (*CATEGORIES, gap_name(results), "step") if any(what in of for of in columns.values())
+        ]
+        rows += [
+            [case if index == 0 else "", what, *(columns.get(name, {}).get(what, "-") for name in names)]
+            for index, what in enumerate(shown)
+        ]
+    return Table(["Case", "What", *names], rows)
+
+
+def profile_cells(results: Results, profile: Profile) -> dict[str, str]:
+    """Milliseconds, share of the step and launches of one network, by what they are of."""
+    cells = {
+        category: f"{milliseconds(ms)} ms, {ms / profile.step_ms:.0%}, {launches:.0f}x"
+        for category, (ms, launches) in by_category(profile).items()
+    }
+    cells[gap_name(results)] = f"{milliseconds(profile.gap_ms)} ms, {profile.gap_ms / profile.step_ms:.0%}"
+    launches = sum(kernel.launches for kernel in profile.kernels)
+    return {**cells, "step": f"{milliseconds(profile.step_ms)} ms, {launches:.0f}x"}
+
+
+def gap_name(results: Results) -> str:
+    """What the time outside all kernels is."""
+    return "idle, waiting for the host" if results.environment.gpu else "outside operators"
+
+
+def kernel_table(results: Results) -> Table:
+    """The names under which every network spends most time."""
+    rows = [
+        [
+            case if index == rank == 0 else "",
+            profile.contestant if rank == 0 else "",
+            shorten(kernel.name, 100, placeholder="..."),
+            category_of(kernel, profile),
+            milliseconds(kernel.ms),
+            f"{kernel.ms / profile.step_ms:.0%}",
+            f"{kernel.launches:.0f}",
+        ]
+        for case, profiles in results.profiled().items()
+        for index, profile in enumerate(profiles)
+        for rank, kernel in enumerate(profile.kernels[:SHOWN_KERNELS])
+    ]
+    return Table(KERNELS, rows)
 
 
 def training_rows(results: Results) -> list[list[str]]:
