@@ -3,13 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "step_table.h"
+#include "weight_table.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "python/snapshot.h"
+#include "python/weight_reader.h"
 
 namespace py = pybind11;
 
@@ -104,17 +107,32 @@ void sgd_agc(const nfk::SgdTable& table, const nfk::Addresses& grads, std::vecto
 
 // One row per weight: weight, gain, out, grad_out, grad_weight, grad_gain, weight dtype, out dtype, units, unit length,
 // columns, transposed.
-void weight_standardize(const std::vector<std::array<int64_t, 12>>& rows, const std::vector<double>& scales, double eps,
-                        int eps_form, bool backward, int threads) {
-  std::vector<nfk::WeightTensor> tensors;
-  std::vector<nfk::cpu::Task> tasks;
+nfk::WeightTable weight_table(const std::vector<std::array<int64_t, 12>>& rows, const std::vector<double>& scales) {
+  nfk::WeightTable table;
   for (size_t i = 0; i < rows.size(); ++i) {
     const auto& row = rows[i];
-    tensors.push_back({pointer(row[0]), pointer(row[1]), pointer(row[2]), pointer(row[3]), pointer(row[4]),
-                       pointer(row[5]), static_cast<DType>(row[6]), static_cast<DType>(row[7]), {row[8], row[9]},
-                       row[10], row[11] != 0, scales[i]});
-    nfk::cpu::append_tasks(tasks, i, tensors[i].units);
+    table.tensors.push_back({pointer(row[0]), pointer(row[1]), pointer(row[2]), pointer(row[3]), pointer(row[4]),
+                             pointer(row[5]), static_cast<DType>(row[6]), static_cast<DType>(row[7]), {row[8], row[9]},
+                             row[10], row[11] != 0, scales[i]});
   }
+  return table;
+}
+
+// Null where the table has to be made row by row; types: torch.Tensor and torch.nn.Parameter.
+std::unique_ptr<nfk::WeightTable> read_weights(const py::object& exchange_api, const py::tuple& types,
+                                               const py::list& weights, const py::list& gains, const py::list& scales,
+                                               const py::list& outs, const py::list& grad_weights,
+                                               const py::list& grad_gains) {
+  const nfk::Describe how = nfk::describe_of(exchange_api);
+  if (!how) return nullptr;
+  const nfk::WeightReader reader(how, PyTuple_GET_ITEM(types.ptr(), 0), PyTuple_GET_ITEM(types.ptr(), 1));
+  return reader.read({weights, gains, scales, outs, grad_weights, grad_gains});
+}
+
+void weight_standardize(const nfk::WeightTable& table, double eps, int eps_form, bool backward, int threads) {
+  const auto& tensors = table.tensors;
+  std::vector<nfk::cpu::Task> tasks;
+  for (size_t i = 0; i < tensors.size(); ++i) nfk::cpu::append_tasks(tasks, i, tensors[i].units);
   const auto form = static_cast<nfk::EpsForm>(eps_form);
   const auto& kernels = nfk::cpu::kernels();
   const auto kernel = backward ? kernels.weight_standardize_backward : kernels.weight_standardize;
@@ -138,14 +156,12 @@ void scaled_activation(int64_t x, int64_t grad, int64_t out, int dtype, int64_t 
 
 // Addresses in the order of ResidualTensor, 0 for what is absent; grad_shortcut = 0: forward.
 void residual(const std::array<int64_t, 13>& p, int dtype, int64_t samples, int64_t channels, int64_t space,
-              bool channels_last, int64_t unit_pixels, int64_t unit_channels, int activation, double scale,
-              int threads) {
+              bool channels_last, int64_t block_pixels, int activation, double scale, int threads) {
   const nfk::ResidualTensor tensor{pointer(p[0]),  pointer(p[1]),  pointer(p[2]),  pointer(p[3]),
                                    pointer(p[4]),  pointer(p[5]),  pointer(p[6]),  pointer(p[7]),
                                    pointer(p[8]),  pointer(p[9]),  pointer(p[10]), pointer(p[11]),
                                    pointer(p[12]), static_cast<DType>(dtype),      samples,
-                                   channels,       space,          channels_last,  unit_pixels,
-                                   unit_channels};
+                                   channels,       space,          channels_last,  block_pixels};
   std::vector<nfk::cpu::Task> tasks;
   nfk::cpu::append_tasks(tasks, 0, nfk::residual_units(tensor));
   const auto& kernels = nfk::cpu::kernels();
@@ -170,6 +186,7 @@ PYBIND11_MODULE(_C, m) {
                                                  py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"),
                                                  py::arg("average_decay"), py::arg("maximize"), py::arg("nesterov"),
                                                  py::arg("clip_factor"), py::arg("eps"));
+  py::class_<nfk::WeightTable>(m, "WeightTable").def(py::init(&weight_table)).def_static("read", &read_weights);
   py::class_<nfk::Snapshot>(m, "Snapshot")
       .def_static("take", &nfk::Snapshot::take)
       .def("gradients", &nfk::Snapshot::gradients);

@@ -2,17 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <vector>
 
 #include "../step_table.h"
+#include "../weight_table.h"
 #include "ops.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using nfk::DType;
 using Ints = std::vector<int64_t>;
 
 void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); }
@@ -32,25 +31,17 @@ void sgd_agc(const nfk::SgdTable& table, const nfk::Addresses& grads, const std:
   nfk::cuda::sgd_agc(table.with(grads), configs, scalars, {device, pointer(stream)});
 }
 
-// Rows as in csrc/bindings.cpp.
-void weight_standardize(const std::vector<std::array<int64_t, 12>>& rows, const std::vector<double>& scales, double eps,
-                        int eps_form, bool backward, int device, int64_t stream) {
-  std::vector<nfk::WeightTensor> tensors;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const auto& row = rows[i];
-    tensors.push_back({pointer(row[0]), pointer(row[1]), pointer(row[2]), pointer(row[3]), pointer(row[4]),
-                       pointer(row[5]), static_cast<DType>(row[6]), static_cast<DType>(row[7]), {row[8], row[9]},
-                       row[10], row[11] != 0, scales[i]});
-  }
+void weight_standardize(const nfk::WeightTable& table, double eps, int eps_form, bool backward, int device,
+                        int64_t stream) {
   const auto run = backward ? nfk::cuda::weight_standardize_backward : nfk::cuda::weight_standardize;
-  run(tensors, eps, static_cast<nfk::EpsForm>(eps_form), {device, pointer(stream)});
+  run(table.tensors, eps, static_cast<nfk::EpsForm>(eps_form), {device, pointer(stream)});
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
-  py::module_::import("nfnets_kernels._C");  // has the classes of agc's and sgd_agc's arguments
+  py::module_::import("nfnets_kernels._C");  // has the classes of these functions' arguments
   m.def("agc", &agc, release_gil());
   m.def("sgd_agc", &sgd_agc, release_gil());
   m.def("weight_standardize", &weight_standardize, release_gil());

@@ -87,13 +87,6 @@ struct Unit {
   __device__ int64_t offset() const { return index * row.length; }
 };
 
-template <class Team, class Weight, class Grad>
-__device__ auto descent_of(const Team& team, const Weight& weight, const Grad& grad, UnitStatistics* statistics,
-                           const SgdConfig& config) {
-  const double factor = config.clips ? clipped_factor(team, weight, grad, statistics, config) : config.grad_factor;
-  return Descent<Wider<typename Weight::value_type, typename Grad::value_type>>(config, factor);
-}
-
 // What is held of a unit's momentum and average: a part.
 template <class W, class G>
 struct States {
@@ -111,17 +104,6 @@ struct States {
     if (unit.row.average) average.store_to(unit.average());
   }
 };
-
-template <class Team, class Weight, class Grad, class Momentum, class Average, class Descent>
-__device__ void step_elements(const Team& team, const Row& row, Weight weight, const Grad& grad, Momentum& momentum,
-                              Average& average, const Descent& step, double average_decay) {
-  if (row.momentum) {
-    descend_with_momentum(team, weight, grad, momentum, step);
-  } else {
-    descend(team, weight, grad, step);
-  }
-  if (row.average) move_average(team, weight, average, average_decay);
-}
 
 // A unit that fits the team's registers.
 template <class W, class G>
@@ -141,7 +123,7 @@ __device__ void step_held_unit(const Team& team, const Unit<W, G>& unit, const C
     states.fill(unit);
     const Part<Held<W, D>, P> some{weight, first};
     const Part<Held<G, D>, P> of_grad{grad, first};
-    step_elements(team, unit.row, some, of_grad, states.momentum, states.average, step, config.average_decay);
+    step_elements(unit.row, team, some, of_grad, states.momentum, states.average, step, config.average_decay);
     states.store_to(unit);
   }
   weight.store_to(unit.weight());
@@ -155,7 +137,7 @@ __device__ void step_unit_in_memory(const Team& team, const Unit<W, G>& unit, co
   Global<typename Unit<W, G>::Average> average{unit.average(), n};
   const SgdConfig config = common.config(unit.row.group);
   const auto step = descent_of(team, Global<const W>{unit.weight(), n}, grad, unit.statistics(), config);
-  step_elements(team, unit.row, Global<W>{unit.weight(), n}, grad, momentum, average, step, config.average_decay);
+  step_elements(unit.row, team, Global<W>{unit.weight(), n}, grad, momentum, average, step, config.average_decay);
 }
 
 template <class W, class G>

@@ -97,5 +97,25 @@ NFK_INLINE double clipped_factor(const Team& team, const Weight& weight, const G
   return counted_factor(team, statistics, decide<double>(team, weight, grad, config.clip, scale), config);
 }
 
+// Clips or not.
+template <class Team, class Weight, class Grad>
+NFK_INLINE auto descent_of(const Team& team, const Weight& weight, const Grad& grad, UnitStatistics* statistics,
+                           const SgdConfig& config) {
+  const double factor = config.clips ? clipped_factor(team, weight, grad, statistics, config) : config.grad_factor;
+  return Descent<Wider<typename Weight::value_type, typename Grad::value_type>>(config, factor);
+}
+
+// With momentum and average or not: what the tensor `t` has.
+template <class Acc, class Tensor, class Team, class Weight, class Grad, class Momentum, class Average>
+NFK_INLINE void step_elements(const Tensor& t, const Team& team, Weight weight, const Grad& grad, Momentum& momentum,
+                              Average& average, const Descent<Acc>& step, double average_decay) {
+  if (t.momentum) {
+    descend_with_momentum(team, weight, grad, momentum, step);
+  } else {
+    descend(team, weight, grad, step);
+  }
+  if (t.average) move_average(team, weight, average, average_decay);
+}
+
 }  // namespace
 }  // namespace nfk

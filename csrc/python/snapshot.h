@@ -11,12 +11,9 @@
 #include <vector>
 
 #include "../step_table.h"
-#include "../dlpack.h"
+#include "describe.h"
 
 namespace nfk {
-
-namespace py = pybind11;
-using Describe = decltype(dlpack::ExchangeApi::describe);
 
 // A tensor's exact type and all that DLPack says but the address.
 class Layout {
@@ -27,16 +24,11 @@ class Layout {
 
   // Whether the object has this layout; then `address` is where it starts. Other types are never described: a subclass
   // may show a tensor that it does not hold.
-  bool matches(py::handle object, Describe describe, void*& address) const {
+  bool matches(py::handle object, Describe how, void*& address) const {
     dlpack::Tensor tensor;
-    if (Py_TYPE(object.ptr()) != type_) return false;
-    if (describe(object.ptr(), &tensor) != 0) {  // sparse, quantized, on a device that DLPack does not know, ...
-      PyErr_Clear();
-      return false;
-    }
+    if (Py_TYPE(object.ptr()) != type_ || !describe(how, object, tensor)) return false;
     address = tensor.data;
-    return tensor.byte_offset == 0 && tensor.device.type == device_.type && tensor.device.index == device_.index &&
-           tensor.dtype.code == dtype_.code && tensor.dtype.bits == dtype_.bits && tensor.dtype.lanes == dtype_.lanes &&
+    return tensor.byte_offset == 0 && tensor.device == device_ && tensor.dtype == dtype_ &&
            equal(sizes_, tensor.shape, tensor.ndim) && equal(strides_, tensor.strides, tensor.ndim);
   }
 
@@ -57,11 +49,9 @@ class Snapshot {
   // Null where the API is none that we know, or cannot describe a tensor. A gradient, and a parameter that has one, is
   // exactly a torch.Tensor or torch.nn.Parameter.
   static std::unique_ptr<Snapshot> take(const py::list& parameters, const py::object& exchange_api) {
-    if (!PyCapsule_IsValid(exchange_api.ptr(), dlpack::kCapsuleName)) return nullptr;
-    const void* api = PyCapsule_GetPointer(exchange_api.ptr(), dlpack::kCapsuleName);
-    const Describe describe = dlpack::find_describe(static_cast<const dlpack::Header*>(api));
-    if (!describe) return nullptr;
-    std::unique_ptr<Snapshot> snapshot(new Snapshot(describe));
+    const Describe how = describe_of(exchange_api);
+    if (!how) return nullptr;
+    std::unique_ptr<Snapshot> snapshot(new Snapshot(how));
     for (size_t i = 0; i < parameters.size(); ++i) {
       if (!snapshot->add(parameters[i])) return nullptr;
     }
@@ -84,8 +74,8 @@ class Snapshot {
       if (!entry.layouts) continue;
       const auto& [of_parameter, of_grad] = *entry.layouts;
       void* address;
-      if (!of_parameter.matches(parameter, describe_, address) || address != entry.address) return std::nullopt;
-      if (!of_grad.matches(grad, describe_, address)) return std::nullopt;
+      if (!of_parameter.matches(parameter, how_, address) || address != entry.address) return std::nullopt;
+      if (!of_grad.matches(grad, how_, address)) return std::nullopt;
       PyList_SET_ITEM(grads.ptr(), static_cast<py::ssize_t>(addresses.of_tensor.size()), grad.release().ptr());
       addresses.of_tensor.push_back(address);
     }
@@ -99,7 +89,7 @@ class Snapshot {
     std::optional<std::pair<Layout, Layout>> layouts;  // of parameter and gradient, where there is one
   };
 
-  explicit Snapshot(Describe describe) : describe_(describe) {}
+  explicit Snapshot(Describe how) : how_(how) {}
 
   static py::object grad_of(py::handle parameter) {
     static PyObject* const name = PyUnicode_InternFromString("grad");
@@ -113,10 +103,7 @@ class Snapshot {
     Entry entry{parameter.ptr(), nullptr, std::nullopt};
     if (!grad.is_none()) {
       dlpack::Tensor of_parameter, of_grad;
-      if (describe_(parameter.ptr(), &of_parameter) != 0 || describe_(grad.ptr(), &of_grad) != 0) {
-        PyErr_Clear();
-        return false;
-      }
+      if (!describe(how_, parameter, of_parameter) || !describe(how_, grad, of_grad)) return false;
       entry.address = of_parameter.data;
       entry.layouts.emplace(Layout(parameter, of_parameter), Layout(grad, of_grad));
       ++grad_count_;
@@ -125,7 +112,7 @@ class Snapshot {
     return true;
   }
 
-  Describe describe_;
+  Describe how_;
   std::vector<Entry> entries_;
   size_t grad_count_ = 0;
 };

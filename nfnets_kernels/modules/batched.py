@@ -28,7 +28,8 @@ def standardize_in_groups(requests: Sequence[Request], input: Tensor | None) -> 
     """As `standardize_together`, for layers that may differ: one pass for each eps, eps_form, dtype and device."""
     groups: dict[Any, list[int]] = {}
     for index, (layer, _, _) in enumerate(requests):
-        key = (layer.eps, layer.eps_form, layer.compute_dtype(), layer.weight.device)
+        weight = layer.weight
+        key = (layer.eps, layer.eps_form, weight.dtype, weight.device)
         groups.setdefault(key, []).append(index)
     prepared: dict[int, Prepared] = {}
     for indices in groups.values():
@@ -58,8 +59,8 @@ def _is_wanted(request: Request) -> bool:
 
 def _has_its_parameters(layer: Standardized) -> bool:
     """Not so with pruning and parametrizations: they make a weight or a bias anew when the layer is called."""
-    names = {*layer._parameters, *getattr(layer, "_former_parameters", ())}  # the latter in replicas of DataParallel
-    return all(name in names for name in ("weight", "bias", "gain"))
+    missing = [name for name in ("weight", "bias", "gain") if name not in layer._parameters]
+    return not missing or {*missing} <= {*getattr(layer, "_former_parameters", ())}  # those of DataParallel's replicas
 
 
 def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

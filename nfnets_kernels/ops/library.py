@@ -67,8 +67,9 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 def dense_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor in the memory order of a contiguous or channels-last tensor; contiguous for any other."""
-    memory_format = torch.preserve_format if is_unit_dense(tensor) else torch.contiguous_format
-    return torch.empty_like(tensor, dtype=dtype, memory_format=memory_format)
+    if not is_unit_dense(tensor):
+        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(tensor) if dtype is None else torch.empty_like(tensor, dtype=dtype)  # a keyword: 0.2 us
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:

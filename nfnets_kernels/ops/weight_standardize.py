@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import backend as backends
 from ..reference import weight_standardize as reference
@@ -26,6 +27,8 @@ from .library import (
 
 EPS_FORMS = ("clamp", "add")
 MEMORY_FORMATS = ("preserve", "contiguous", "channels_last")
+
+_PLAIN_TYPES = Tensor, nn.Parameter
 
 
 def _check_weight(i: int, weight: Tensor, gain: Tensor | None) -> None:
@@ -59,6 +62,11 @@ def check(
     memory_format: str,
 ) -> None:
     """Raises ValueError or TypeError naming the first bad argument."""
+    _check_options(weights, gains, scales, eps, eps_form, dtype, memory_format)
+    _check_each(weights, gains, scales)
+
+
+def _check_options(weights, gains, scales, eps, eps_form, dtype, memory_format):
     if len(scales) != len(weights):
         raise ValueError(f"scales must hold one value per weight ({len(weights)}), got {len(scales)}")
     if gains and len(gains) != len(weights):
@@ -69,6 +77,9 @@ def check(
     check_choice("memory_format", memory_format, MEMORY_FORMATS)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be one of {FLOAT_DTYPES} or None, got {dtype}")
+
+
+def _check_each(weights, gains, scales):
     for i, (weight, gain, scale) in enumerate(zip(weights, one_each(gains, weights), scales, strict=True)):
         _check_weight(i, weight, gain)
         check_same_device(f"weights[{i}]", weight, "weights[0]", weights[0])
@@ -108,7 +119,7 @@ def _backward(grad_outs, weights, gains, scales, eps, eps_form, backend):
 def _fake_backward(grad_outs, weights, gains, scales, eps, eps_form, backend):
     return (
         [dense_like(weight) for weight in weights],
-        [torch.empty_like(gain, memory_format=torch.contiguous_format) for gain in gains],
+        [dense_like(gain) if gain.is_contiguous() else gain.new_empty(gain.shape) for gain in gains],
     )
 
 
@@ -172,20 +183,36 @@ def _rows(weights, gains, scales, outs, grads) -> list[_Row]:
 
 @backends.register("weight_standardize", "cpu")
 def _cpu(weights, gains, scales, eps, eps_form, outs=None, grads=None):
-    rows = _rows(weights, gains, scales, outs, grads)
-    _run(backends.extension, rows, eps, eps_form, grads is not None, torch.get_num_threads())
+    where = (torch.get_num_threads(),)
+    _run(backends.extension, where, weights, gains, scales, eps, eps_form, outs, grads)
 
 
 @backends.register("weight_standardize", "cuda")
 def _cuda(weights, gains, scales, eps, eps_form, outs=None, grads=None):
-    rows = _rows(weights, gains, scales, outs, grads)
-    _run(backends.cuda_extension, rows, eps, eps_form, grads is not None, *queue(weights[0].device))
+    where = queue(weights[0].device)
+    _run(backends.cuda_extension, where, weights, gains, scales, eps, eps_form, outs, grads)
 
 
-def _run(extension: Any, rows: list[_Row], eps: float, eps_form: str, backward: bool, *where: int) -> None:
+def _run(extension, where, weights, gains, scales, eps, eps_form, outs, grads):
     """Runs an extension's kernel on threads, or on a device and a stream."""
-    tables = [_table_row(row) for row in rows]
-    extension.weight_standardize(tables, [row.scale for row in rows], eps, EPS_FORMS.index(eps_form), backward, *where)
+    assert backends.extension is not None
+    table = _read(weights, gains, scales, *((outs, [], []) if grads is None else grads))
+    if table is None:
+        rows = _rows(weights, gains, scales, outs, grads)  # some hold copies, which have to live until the kernel runs
+        table = backends.extension.WeightTable([_table_row(row) for row in rows], [row.scale for row in rows])
+    extension.weight_standardize(table, eps, EPS_FORMS.index(eps_form), grads is not None, *where)
+
+
+def _read(weights, gains, scales, outs, grad_weights, grad_gains):
+    """The table of plain tensors as they lie, in a tenth of the time that `_rows` and `_check_each` take.
+
+    None where one of them is not valid or not plain, and with torch 2.10, which does not describe its tensors.
+    """
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if backends.extension is None or api is None:
+        return None
+    lists = weights, gains, scales, outs, grad_weights, grad_gains
+    return backends.extension.WeightTable.read(api, _PLAIN_TYPES, *lists)
 
 
 def _table_row(row: _Row) -> list[int]:
@@ -247,10 +274,68 @@ def _gradients(ctx, grad_outs):
         ]
         grad_weights, grad_gains = [pair[0] for pair in pairs], [pair[1] for pair in pairs if gains]
     else:
-        grad_weights, grad_gains = weight_standardize_backward(
-            list(grad_outs), weights, gains, scales, eps, eps_form, backend
-        )
+        grad_outs = list(grad_outs)
+        backward = _backward if _is_plain(weights, gains, scales, grad_outs) else weight_standardize_backward
+        grad_weights, grad_gains = backward(grad_outs, weights, gains, scales, eps, eps_form, backend)
     return grad_weights, grad_gains, None, None, None, None, None, None
+
+
+class _WeightStandardize(torch.autograd.Function):
+    """The op and its gradient without dispatcher and torch.library's wrapper, which take 5 us for a weight."""
+
+    @staticmethod
+    def forward(ctx, arguments, count, *tensors):
+        inputs = [*tensors[:count]], [*tensors[count:]], *arguments
+        outs = _forward(*inputs)
+        _setup_context(ctx, inputs, outs)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *grad_outs):
+        grad_weights, grad_gains, *_ = _gradients(ctx, grad_outs)
+        return None, None, *grad_weights, *grad_gains
+
+
+def _is_watched():
+    """Whether a compiler, a transform or a mode is there that wants to know which ops are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _is_plain(weights, gains, scales, grad_outs):
+    """Whether the arguments are valid and the dispatcher would do no more with them than to call the op."""
+    if _is_watched() or _read(weights, gains, scales, grad_outs, [], []) is None:
+        return False
+    return not any(map(Tensor.is_neg, (*weights, *gains, *grad_outs)))
+
+
+def check_and_standardize(
+    weights: list[Tensor],
+    gains: list[Tensor],
+    scales: list[float],
+    eps: float,
+    eps_form: str,
+    dtype: torch.dtype | None,
+    memory_format: str,
+    backend: str,
+) -> list[Tensor]:
+    """`weight_standardize` after `check`; past the dispatcher where nothing would notice."""
+    _check_options(weights, gains, scales, eps, eps_form, dtype, memory_format)
+    arguments = scales, eps, eps_form, dtype, memory_format, backend
+    if not _is_plain(weights, gains, scales, []):
+        _check_each(weights, gains, scales)
+        return weight_standardize(weights, gains, *arguments)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, *gains)):
+        # Function.apply would first look for what a transform has left behind, 0.3 us for each weight and gain.
+        apply = super(torch.autograd.Function, _WeightStandardize).apply
+        return list(apply(arguments, len(weights), *weights, *gains))
+    return _forward(weights, gains, *arguments)
 
 
 weight_standardize = define(
