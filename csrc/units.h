@@ -69,31 +69,27 @@ struct ActivationTensor {
 // (samples, channels, space) in contiguous order, or (samples, space, channels) in channels_last order.
 struct ResidualTensor {
   const void* f;         // backward: needed for sums only
-  const void* shortcut;  // forward
-  void* h;               // forward; may be f
-  void* a;               // forward
-  const void* grad_h;    // backward, like all below; null: 0
+  const void* shortcut;  // forward; null where h is
+  void* h;               // forward; may be f; null: not stored, and the activation sees factor * f + bias unrounded
+  void* a;               // forward; may be f where h is not
+  const void* grad_h;    // backward, like all below; null: 0, as it must be where bias is given
   const void* grad_a;
-  const void* saved;  // h, or ReLU's output
+  const void* saved;  // h, or h without its bias where bias is given, or ReLU's output
   void* grad_shortcut;
   void* grad_f;         // null where factor is
   const void* factor;   // (samples, channels) in the accumulation type; null: 1
-  void* sums;           // one row of channels per block of pixels: gradient of factor; may be null
-  const void* bias;     // forward: (channels) in the accumulation type; null: 0
+  void* sums;           // gradient of factor, one row of channels per block of pixels; may be null
+  const void* bias;     // (channels) in the accumulation type; null: 0, or for ReLU's output
   void* bias_sums;      // as sums: gradient of bias
   DType dtype;
   int64_t samples;
   int64_t channels;
   int64_t space;
   bool channels_last;
-  // What a unit of a channels_last tensor holds: so many pixels of a sample, so many channels of each.
-  int64_t unit_pixels;
-  int64_t unit_channels;
+  int64_t block_pixels;  // of a channels_last tensor, whose unit is a block of so many pixels of a sample
 };
 
-inline int64_t channel_blocks(const ResidualTensor& t) { return (t.channels + t.unit_channels - 1) / t.unit_channels; }
-
-inline int64_t pixel_blocks(const ResidualTensor& t) { return (t.space + t.unit_pixels - 1) / t.unit_pixels; }
+inline int64_t pixel_blocks(const ResidualTensor& t) { return (t.space + t.block_pixels - 1) / t.block_pixels; }
 
 // Whether all channels are treated alike: then the tensor is one run of elements.
 inline bool is_flat(const ResidualTensor& t) { return !t.factor && !t.bias && !t.bias_sums; }
@@ -102,7 +98,7 @@ inline bool is_flat(const ResidualTensor& t) { return !t.factor && !t.bias && !t
 inline Units residual_units(const ResidualTensor& t) {
   if (is_flat(t)) return {t.samples * t.channels * t.space, 1};
   if (!t.channels_last) return {t.samples * t.channels, t.space};
-  return {t.samples * pixel_blocks(t) * channel_blocks(t), t.unit_pixels * t.unit_channels};
+  return {t.samples * pixel_blocks(t), t.block_pixels * t.channels};
 }
 
 }  // namespace nfk

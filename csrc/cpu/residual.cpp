@@ -8,134 +8,230 @@ namespace cpu {
 namespace NFK_ISA {
 namespace {
 
+// Elements of a piece, in float32 2 KB. A unit is worked on piece by piece in several loops, between which a piece stays in
+// the first-level cache: only light loops go over runs, which may be short, and not those of the activations, whose some 25
+// constants have to be loaded first. Pieces of 256 to 1024 elements take as long.
+constexpr int64_t kPiece = 512;
+
+// In channels_last order of few channels: what there is one of per channel, repeated over a piece of whole pixels. All
+// pieces of a unit share it, and their loops are as long as they are: over runs of 64 channels they take up to twice as long.
+template <class Acc>
+struct Repeated {
+  Acc factor[kPiece];
+  Acc bias[kPiece];
+  Acc sums[kPiece];
+  Acc bias_sums[kPiece];
+};
+
+// The tensors of a piece; each is null where the whole one is.
 template <class T>
 struct View {
   using Acc = typename Accumulate<T>::type;
   const ResidualTensor& t;
-
-  const T* in(const void* data) const { return static_cast<const T*>(data); }
-  T* out(void* data) const { return static_cast<T*>(data); }
-  const Acc* factor() const { return static_cast<const Acc*>(t.factor); }
-  const Acc* bias() const { return static_cast<const Acc*>(t.bias); }
-  Acc* sums() const { return static_cast<Acc*>(t.sums); }
-  Acc* bias_sums() const { return static_cast<Acc*>(t.bias_sums); }
-};
-
-// A dense run of elements, and where its (first) channel lies in what is smaller.
-struct Run {
-  int64_t offset;
+  int64_t start;
   int64_t n;
-  int64_t channel;  // of bias
-  int64_t factor;
-  int64_t sum;
+  int64_t row;  // of sums, in channels_last order
+  Repeated<Acc>* repeated;  // or null
+
+  const T* in(const void* data) const { return data ? static_cast<const T*>(data) + start : nullptr; }
+  T* out(void* data) const { return data ? static_cast<T*>(data) + start : nullptr; }
 };
 
-// A unit is one run: a channel of a sample.
+// Elements one behind the other that are of one channel, in channels_last order of one pixel.
+int64_t run_length(const ResidualTensor& t) { return is_flat(t) ? 1 : t.channels_last ? t.channels : t.space; }
+
+// Elements of a piece: of whole runs, where possible.
+int64_t piece_length(const ResidualTensor& t) {
+  const int64_t run = run_length(t);
+  return run < kPiece ? kPiece / run * run : kPiece;
+}
+
+// An element of one of the smaller tensors; null where there is none.
+template <class Acc>
+Acc* element(void* data, int64_t i) {
+  return data ? static_cast<Acc*>(data) + i : nullptr;
+}
+template <class Acc>
+const Acc* element(const void* data, int64_t i) {
+  return data ? static_cast<const Acc*>(data) + i : nullptr;
+}
+
+template <class Acc>
+void repeat(const Acc* values, int64_t channels, Acc* to, int64_t n) {
+  for (int64_t i = 0; values && i < n; i += channels) std::copy_n(values, channels, to + i);
+}
+
+// Adds up what was repeated; null where nothing was.
+template <class Acc>
+void fold(const Acc* from, int64_t n, int64_t channels, Acc* sums) {
+  for (int64_t i = 0; sums && i < n; i += channels) {
+    Team{}.each(channels, [=](int64_t channel) { sums[channel] += from[i + channel]; });
+  }
+}
+
+// Calls f(view) for each piece of some runs.
+template <class T, class F>
+void each_piece_of(const View<T>& runs, F f) {
+  const int64_t end = runs.start + runs.n, step = piece_length(runs.t);
+  for (int64_t start = runs.start; start < end; start += step) {
+    f(View<T>{runs.t, start, std::min(step, end - start), runs.row, runs.repeated});
+  }
+}
+
+template <class T, class F>
+void each_piece(const ResidualTensor& t, int64_t first, int64_t last, F f) {
+  using Acc = typename Accumulate<T>::type;
+  const int64_t channels = t.channels, run = run_length(t), length = piece_length(t);
+  if (is_flat(t) || !t.channels_last) return each_piece_of(View<T>{t, first * run, (last - first) * run, 0, nullptr}, f);
+  Repeated<Acc> repeated;
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t sample = unit / pixel_blocks(t), pixel = unit % pixel_blocks(t) * t.block_pixels;
+    const int64_t start = sample * t.space + pixel, pixels = std::min(t.block_pixels, t.space - pixel);
+    const View<T> block{t, start * run, pixels * run, unit, 2 * channels <= kPiece ? &repeated : nullptr};
+    if (!block.repeated) {
+      each_piece_of(block, f);
+      continue;
+    }
+    repeat(element<Acc>(t.factor, sample * channels), channels, repeated.factor, length);
+    repeat(element<Acc>(t.bias, 0), channels, repeated.bias, length);
+    std::fill_n(repeated.sums, length, Acc{0});
+    std::fill_n(repeated.bias_sums, length, Acc{0});
+    each_piece_of(block, f);
+    fold(repeated.sums, length, channels, element<Acc>(t.sums, unit * channels));
+    fold(repeated.bias_sums, length, channels, element<Acc>(t.bias_sums, unit * channels));
+  }
+}
+
+// What is smaller than the tensor is the same for all of a run in contiguous order, and else has an element for each of its.
 struct Contiguous {
   template <class Acc>
-  using Varying = PerRun<Acc>;
-
-  template <class F>
-  static void each_run(const ResidualTensor& t, int64_t unit, F run) {
-    run(Run{unit * t.space, t.space, unit % t.channels, unit, unit});
+  static NFK_INLINE auto at(const Acc* values) {
+    return [value = *values](int64_t) { return value; };
   }
-
   template <class Acc, class F>
-  static void add(Acc* sums, int64_t n, F f) {
+  static NFK_INLINE void sum(Acc* sums, int64_t n, F f) {
     *sums += Team{}.template sum<Acc>(n, f);
   }
 };
-
-// A unit is a block of pixels, each a run of some channels; every block of pixels has its own row of sums.
 struct ChannelsLast {
   template <class Acc>
-  using Varying = PerElement<Acc>;
-
-  template <class F>
-  static void each_run(const ResidualTensor& t, int64_t unit, F run) {
-    const int64_t row = unit / channel_blocks(t), channel = unit % channel_blocks(t) * t.unit_channels;
-    const int64_t n = std::min(t.unit_channels, t.channels - channel);
-    const int64_t sample = row / pixel_blocks(t), first = row % pixel_blocks(t) * t.unit_pixels;
-    const int64_t last = std::min(first + t.unit_pixels, t.space);
-    for (int64_t pixel = first; pixel < last; ++pixel) {
-      run(Run{(sample * t.space + pixel) * t.channels + channel, n, channel, sample * t.channels + channel,
-              row * t.channels + channel});
-    }
+  static NFK_INLINE auto at(const Acc* values) {
+    return [values](int64_t i) { return values[i]; };
   }
-
   template <class Acc, class F>
-  static void add(Acc* sums, int64_t n, F f) {
+  static NFK_INLINE void sum(Acc* sums, int64_t n, F f) {
     Team{}.each(n, [=](int64_t i) { sums[i] += f(i); });
   }
 };
 
-template <Activation A, class T, class Branch>
-void forward_run(const View<T>& v, int64_t offset, int64_t n, double scale, Branch branch) {
-  residual_run<A>(Team{}, v.in(v.t.f) + offset, v.in(v.t.shortcut) + offset, v.out(v.t.h) + offset,
-                  v.out(v.t.a) + offset, n, scale, branch);
+// Where a run begins in the piece, and what there is of it in what is smaller.
+template <class Acc>
+struct Run {
+  int64_t offset;
+  int64_t n;
+  const Acc* factor;
+  const Acc* bias;
+  Acc* sums;
+  Acc* bias_sums;
+};
+
+// Calls f(run, layout) for each run of a piece or part of one, or for all at once that are repeated.
+template <class T, class F>
+void each_run(const View<T>& v, F f) {
+  using Acc = typename View<T>::Acc;
+  const ResidualTensor& t = v.t;
+  if (Repeated<Acc>* r = v.repeated) {
+    return f(Run<Acc>{0, v.n, r->factor, r->bias, r->sums, r->bias_sums}, ChannelsLast{});
+  }
+  const auto run_of = [&](int64_t offset, int64_t n, int64_t factor, int64_t channel, int64_t sum) {
+    return Run<Acc>{offset,
+                    n,
+                    element<Acc>(t.factor, factor),
+                    element<Acc>(t.bias, channel),
+                    element<Acc>(t.sums, sum),
+                    element<Acc>(t.bias_sums, sum)};
+  };
+  const int64_t length = run_length(t), end = v.start + v.n;
+  for (int64_t start = v.start; start < end;) {
+    const int64_t run = start / length, within = start % length;
+    const int64_t offset = start - v.start, n = std::min(length - within, end - start);
+    if (t.channels_last) {
+      const int64_t factor = run / t.space * t.channels + within;
+      f(run_of(offset, n, factor, within, v.row * t.channels + within), ChannelsLast{});
+    } else {
+      f(run_of(offset, n, run, run % t.channels, run), Contiguous{});
+    }
+    start += n;
+  }
 }
 
-template <Activation A, class Layout, class T>
-void forward_units(const View<T>& v, double scale, int64_t first, int64_t last) {
-  using Varying = typename Layout::template Varying<typename View<T>::Acc>;
-  const auto forward_one = [&](const Run& run) {
-    const auto forward_branch = [&](auto branch) { forward_run<A>(v, run.offset, run.n, scale, branch); };
-    if (!v.t.bias) return forward_branch(Scaled<Varying>{Varying(v.factor() + run.factor)});
-    const Varying bias(v.bias() + run.channel);
-    if (!v.t.factor) return forward_branch(Shifted<One, Varying>{One{}, bias});
-    forward_branch(Shifted<Varying, Varying>{Varying(v.factor() + run.factor), bias});
-  };
-  for (int64_t unit = first; unit < last; ++unit) Layout::each_run(v.t, unit, forward_one);
+// x = factor * f + bias.
+template <class T, class Acc>
+void read_branch(const View<T>& v, const T* f, Acc* x) {
+  each_run(v, [&](const Run<Acc>& run, auto layout) {
+    const T* from = f + run.offset;
+    Acc* to = x + run.offset;
+    if (!v.t.bias) return read_scaled(Team{}, from, layout.at(run.factor), to, run.n);
+    if (!v.t.factor) return read_shifted(Team{}, from, layout.at(run.bias), to, run.n);
+    read_scaled_and_shifted(Team{}, from, layout.at(run.factor), layout.at(run.bias), to, run.n);
+  });
+}
+
+template <Activation A, class T, class In>
+void write_outputs(const View<T>& v, const In* x, double scale) {
+  if (!v.t.h) return activate<A>(Team{}, x, v.out(v.t.a), v.n, scale);
+  // The activation sees h as stored, so that a backward pass that recomputes from h agrees with it.
+  write_sum(Team{}, x, v.in(v.t.shortcut), v.out(v.t.h), v.n);
+  activate<A>(Team{}, v.out(v.t.h), v.out(v.t.a), v.n, scale);
 }
 
 template <Activation A, class T>
-void forward(const View<T>& v, double scale, int64_t first, int64_t last) {
-  if (is_flat(v.t)) return forward_run<A>(v, first, last - first, scale, Scaled<One>{One{}});
-  if (v.t.channels_last) return forward_units<A, ChannelsLast>(v, scale, first, last);
-  forward_units<A, Contiguous>(v, scale, first, last);
+void forward(const View<T>& v, double scale) {
+  if (!v.t.factor && !v.t.bias) return write_outputs<A>(v, v.in(v.t.f), scale);
+  typename View<T>::Acc x[kPiece];
+  read_branch(v, v.in(v.t.f), x);
+  write_outputs<A>(v, x, scale);
 }
 
-template <class Layout, class T, class Gradient>
-void backward_units(const View<T>& v, const Gradient& of_all, int64_t first, int64_t last) {
-  using Varying = typename Layout::template Varying<typename View<T>::Acc>;
-  const auto backward_one = [&](const Run& run) {
-    const Gradient gradient = of_all.from(run.offset);
-    T* grad_shortcut = v.out(v.t.grad_shortcut) + run.offset;
-    const T* f = v.in(v.t.f) + (v.t.sums ? run.offset : 0);
-    // The gradient of GELU costs more than memory does: it is computed once for all that is made of it.
-    const auto apply = [&](auto store) {
-      if (v.t.bias_sums) return Layout::add(v.bias_sums() + run.sum, run.n, store);
-      if (!v.t.sums) return Team{}.each(run.n, store);
-      Layout::add(v.sums() + run.sum, run.n, [=](int64_t i) { return store(i) * load(f[i]); });
-    };
-    if (v.t.factor) {
-      const Varying factor(v.factor() + run.factor);
-      apply(StoreBoth<T, Gradient, Varying>{gradient, factor, grad_shortcut, v.out(v.t.grad_f) + run.offset});
-    } else {
-      apply(StoreShortcut<T, Gradient>{gradient, grad_shortcut});
-    }
-    if (!v.t.sums || !v.t.bias_sums) return;
-    // Both sums are rarely wanted; the run is now in the cache.
-    Layout::add(v.sums() + run.sum, run.n, [=](int64_t i) { return gradient(i) * load(f[i]); });
-  };
-  for (int64_t unit = first; unit < last; ++unit) Layout::each_run(v.t, unit, backward_one);
-}
-
-template <class T, class Gradient>
-void backward(const View<T>& v, const Gradient& gradient, int64_t first, int64_t last) {
-  if (is_flat(v.t)) {
-    T* grad_shortcut = v.out(v.t.grad_shortcut) + first;
-    return Team{}.each(last - first, StoreShortcut<T, Gradient>{gradient.from(first), grad_shortcut});
+template <Activation A, class T>
+void backward(const View<T>& v, double scale) {
+  using Acc = typename View<T>::Acc;
+  Acc x[kPiece];
+  const auto write = [&](auto gradient) { write_gradient(Team{}, gradient, x, v.out(v.t.grad_shortcut), v.n); };
+  const ActivationGradient<A, T, T> of_activation{v.in(v.t.grad_a), v.in(v.t.saved), static_cast<Acc>(scale)};
+  if (v.t.bias) {
+    read_branch(v, of_activation.saved, x);
+    write(ActivationGradient<A, T, Acc>{of_activation.grad_a, x, of_activation.scale});
+  } else if (v.t.grad_h) {
+    write(StreamGradient<A, T>{v.in(v.t.grad_h), of_activation});
+  } else {
+    write(of_activation);
   }
-  if (v.t.channels_last) return backward_units<ChannelsLast>(v, gradient, first, last);
-  backward_units<Contiguous>(v, gradient, first, last);
+  if (v.t.factor) {
+    each_run(v, [&](const Run<Acc>& run, auto layout) {
+      const auto factor = layout.at(run.factor);
+      T* grad_f = v.out(v.t.grad_f) + run.offset;
+      if (!v.t.sums) return write_scaled(Team{}, x + run.offset, factor, grad_f, run.n);
+      const T* f = v.in(v.t.f) + run.offset;
+      layout.sum(run.sums, run.n, FactorGradient<T, decltype(factor)>{x + run.offset, f, factor, grad_f});
+    });
+  }
+  if (v.t.bias_sums) {
+    each_run(v, [&](const Run<Acc>& run, auto layout) {
+      const Acc* grad = x + run.offset;
+      layout.sum(run.bias_sums, run.n, [=](int64_t i) { return grad[i]; });
+    });
+  }
 }
 
 }  // namespace
 
 void residual(const ResidualTensor& t, Activation activation, double scale, int64_t first, int64_t last) {
   visit(activation, [&](auto a) {
-    visit(t.dtype, [&](auto zero) { forward<decltype(a)::value>(View<decltype(zero)>{t}, scale, first, last); });
+    visit(t.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      each_piece<T>(t, first, last, [&](const View<T>& piece) { forward<decltype(a)::value>(piece, scale); });
+    });
   });
 }
 
@@ -143,11 +239,7 @@ void residual_backward(const ResidualTensor& t, Activation activation, double sc
   visit(activation, [&](auto a) {
     visit(t.dtype, [&](auto zero) {
       using T = decltype(zero);
-      const View<T> v{t};
-      const ActivationGradient<decltype(a)::value, T> of_activation{
-          v.in(t.grad_a), v.in(t.saved), static_cast<typename View<T>::Acc>(scale)};
-      if (!t.grad_h) return backward(v, of_activation, first, last);
-      backward(v, StreamGradient<decltype(a)::value, T>{v.in(t.grad_h), of_activation}, first, last);
+      each_piece<T>(t, first, last, [&](const View<T>& piece) { backward<decltype(a)::value>(piece, scale); });
     });
   });
 }

@@ -67,7 +67,7 @@ struct Storage<bfloat16> {
 #endif
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+    return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
   }
 };
 

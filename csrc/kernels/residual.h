@@ -1,6 +1,8 @@
-// The end of a residual block and the start of the next one, on one run of elements (Brock et al. 2021, section 3):
+// The end of a residual block and the start of the next one (Brock et al. 2021, section 3):
 //   h = factor * f + bias + shortcut,  a = scale * act(h),
 //   factor = alpha * skip_gain * keep * gate per sample and channel, bias per channel.
+// Here are the loops over a piece of them, or over a run of one channel or pixel; x holds in the accumulation type what one
+// loop leaves to the next.
 #pragma once
 
 #include "scaled_activation.h"
@@ -8,103 +10,75 @@
 namespace nfk {
 namespace {
 
-// How `factor` and `bias` vary along a run. In contiguous order a run is one channel, in channels_last order one pixel.
-struct One {
-  NFK_INLINE float operator()(int64_t) const { return 1.0f; }
-};
-template <class Acc>
-struct PerRun {
-  Acc value;
-  explicit NFK_INLINE PerRun(const Acc* values) : value(*values) {}
-  NFK_INLINE Acc operator()(int64_t) const { return value; }
-};
-template <class Acc>
-struct PerElement {
-  const Acc* values;
-  explicit NFK_INLINE PerElement(const Acc* first) : values(first) {}
-  NFK_INLINE Acc operator()(int64_t i) const { return values[i]; }
-};
+// `factor` and `bias` are functions of the place in the run.
+template <class Team, class T, class Factor, class Acc>
+NFK_INLINE void read_scaled(const Team& team, const T* from, Factor factor, Acc* x, int64_t n) {
+  team.each(n, [=](int64_t i) { x[i] = load(from[i]) * factor(i); });
+}
 
-// The branch from f's elements: without a bias no 0 is added, which would cost a rounding.
-template <class Factor>
-struct Scaled {
-  Factor factor;
-  template <class Acc>
-  NFK_INLINE Acc operator()(Acc x, int64_t i) const {
-    return x * static_cast<Acc>(factor(i));
-  }
-};
-template <class Factor, class Bias>
-struct Shifted {
-  Factor factor;
-  Bias bias;
-  template <class Acc>
-  NFK_INLINE Acc operator()(Acc x, int64_t i) const {
-    return x * static_cast<Acc>(factor(i)) + bias(i);
-  }
-};
+template <class Team, class T, class Bias, class Acc>
+NFK_INLINE void read_shifted(const Team& team, const T* from, Bias bias, Acc* x, int64_t n) {
+  team.each(n, [=](int64_t i) { x[i] = load(from[i]) + bias(i); });
+}
 
-// The activation sees h as stored, so that a backward pass that recomputes from h agrees with it. Two loops, over pieces that
-// stay in the first-level cache: GCC does not vectorize one loop with two outputs of bfloat16.
-template <Activation A, class Team, class T, class Branch>
-NFK_INLINE void residual_run(const Team& team, const T* f, const T* shortcut, T* h, T* a, int64_t n, double scale,
-                             Branch branch) {
-  constexpr int64_t kPiece = 2048;
-  for (int64_t start = 0; start < n; start += kPiece) {
-    const int64_t length = n - start < kPiece ? n - start : kPiece;
-    team.each(length, [=](int64_t j) {
-      const int64_t i = start + j;
-      h[i] = store<T>(branch(load(f[i]), i) + load(shortcut[i]));
-    });
-    activate<A>(team, h + start, a + start, length, scale);
-  }
+template <class Team, class T, class Factor, class Bias, class Acc>
+NFK_INLINE void read_scaled_and_shifted(const Team& team, const T* from, Factor factor, Bias bias, Acc* x, int64_t n) {
+  team.each(n, [=](int64_t i) { x[i] = load(from[i]) * factor(i) + bias(i); });
+}
+
+template <class Team, class In, class T>
+NFK_INLINE void write_sum(const Team& team, const In* x, const T* shortcut, T* h, int64_t n) {
+  team.each(n, [=](int64_t i) { h[i] = store<T>(load(x[i]) + load(shortcut[i])); });
 }
 
 // Gradient of h where the activation is its only use; `saved` is h, or ReLU's output.
-template <Activation A, class T>
+template <Activation A, class T, class In>
 struct ActivationGradient {
   using Acc = typename Accumulate<T>::type;
   const T* grad_a;
-  const T* saved;
+  const In* saved;
   Acc scale;
-  NFK_INLINE Acc operator()(int64_t i) const { return Function<A>::backward(scale * load(grad_a[i]), load(saved[i])); }
-  ActivationGradient from(int64_t offset) const { return {grad_a + offset, saved + offset, scale}; }
+  NFK_INLINE Acc operator()(int64_t i) const {
+    return Function<A>::template backward<T>(scale * load(grad_a[i]), load(saved[i]));
+  }
 };
 
 // Gradient of h from both of its uses.
 template <Activation A, class T>
 struct StreamGradient {
-  using Acc = typename Accumulate<T>::type;
   const T* grad_h;
-  ActivationGradient<A, T> of_activation;
-  NFK_INLINE Acc operator()(int64_t i) const { return load(grad_h[i]) + of_activation(i); }
-  StreamGradient from(int64_t offset) const { return {grad_h + offset, of_activation.from(offset)}; }
+  ActivationGradient<A, T, T> of_activation;
+  NFK_INLINE auto operator()(int64_t i) const { return load(grad_h[i]) + of_activation(i); }
 };
 
-// Store an element of the gradients and return h's, so that one loop can sum it too.
-template <class T, class Gradient>
-struct StoreShortcut {
-  Gradient gradient;
-  T* grad_shortcut;
-  NFK_INLINE typename Accumulate<T>::type operator()(int64_t i) const {
-    const auto grad = gradient(i);
+template <class Team, class Gradient, class Acc, class T>
+NFK_INLINE void write_gradient(const Team& team, Gradient gradient, Acc* x, T* grad_shortcut, int64_t n) {
+  team.each(n, [=](int64_t i) {
+    const Acc grad = gradient(i);
+    x[i] = grad;
     grad_shortcut[i] = store<T>(grad);
-    return grad;
-  }
-};
-template <class T, class Gradient, class Factor>
-struct StoreBoth {
-  Gradient gradient;
+  });
+}
+
+// Stores an element of f's gradient and returns its share in factor's, so that one loop can sum these: of two, each would
+// read or write one of f and grad_f, and memory serves both at a time faster.
+template <class T, class Factor>
+struct FactorGradient {
+  using Acc = typename Accumulate<T>::type;
+  const Acc* x;
+  const T* f;
   Factor factor;
-  T* grad_shortcut;
   T* grad_f;
-  NFK_INLINE typename Accumulate<T>::type operator()(int64_t i) const {
-    const auto grad = gradient(i);
-    grad_shortcut[i] = store<T>(grad);
-    grad_f[i] = store<T>(grad * factor(i));
-    return grad;
+  NFK_INLINE Acc operator()(int64_t i) const {
+    grad_f[i] = store<T>(x[i] * factor(i));
+    return x[i] * load(f[i]);
   }
 };
+
+template <class Team, class Acc, class Factor, class T>
+NFK_INLINE void write_scaled(const Team& team, const Acc* x, Factor factor, T* to, int64_t n) {
+  team.each(n, [=](int64_t i) { to[i] = store<T>(x[i] * factor(i)); });
+}
 
 }  // namespace
 }  // namespace nfk
