@@ -99,7 +99,7 @@ def clip_sharded_(
     whole, spread = split(parameters, rule)
     clip_spread_(spread, clip_factor, eps, norm_type, rule, counts)
     grads: list[Any] = [parameter.grad for parameter in whole]
-    statistics = counts and list(map(counts, whole))
+    statistics = None if counts is None else list(map(counts, whole))
     tensors = list(map(local, whole)), list(map(local, grads))
     ops.agc.agc_(*tensors, clip_factor, eps, norm_type, rule, backend, statistics)
     torch.autograd.graph.increment_version([grad for grad in grads if is_sharded(grad)])

@@ -129,7 +129,7 @@ class AGC:
             clip_sharded_(parameters, clip_factor, eps, norm_type, rule=rule, backend=backend, counts=counts)
         else:
             weights, grads = ops.agc.with_gradients(parameters)
-            statistics = counts and list(map(counts, weights))
+            statistics = None if counts is None else list(map(counts, weights))
             with torch.no_grad():
                 ops.agc.agc_(weights, grads, clip_factor, eps, norm_type, rule, backend, statistics)
 
