@@ -37,17 +37,20 @@ def scaled_activation(
     gamma: float | None = None,
     beta: float = 1.0,
     *,
+    bias: Tensor | None = None,
     approximate: str = "none",
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`beta * gamma * f(x)` in one pass.
+    """`beta * gamma * f(x + bias)` in one pass.
 
     Args:
         x: (...) of float32, float64, bfloat16 or float16; glu and log_softmax work on dim 1 of (N, C, ...).
         name: an activation of `gamma`'s table.
         gamma: gain of the activation; None takes the table's.
         beta: further static scale, in NF networks 1 / expected standard deviation of the block's input.
+        bias: (C,) of any of the floating dtypes, for x of (N, C, ...): that of the convolution that computed x, which
+            then adds none. Its gradient is summed in the backward pass of the activation. Not for glu and log_softmax.
         approximate: for gelu, "none" (timm) or "tanh" (the authors), as in `torch.nn.GELU`.
         inplace: overwrite x and return it. For identity, and for relu and leaky_relu where beta * gamma >= 1: their
             gradients follow from the output alone.
@@ -58,15 +61,21 @@ def scaled_activation(
 
     Raises:
         TypeError: x is not a dense floating tensor.
-        ValueError: unknown name, approximate or backend, a scale that is not finite, inplace where not offered.
+        ValueError: unknown name, approximate or backend, a scale that is not finite, a bias that does not fit, inplace
+            where not offered.
     """
     check_choice("name", name, tuple(GAMMA))
     scale = (GAMMA[name] if gamma is None else gamma) * beta
     ops.scaled_activation.check(x, name, scale, approximate)
     if inplace:
         ops.scaled_activation.check_inplace(name, scale)
-        return ops.scaled_activation.scaled_activation_(x, name, scale, approximate, backend)
-    return ops.scaled_activation.scaled_activation(x, name, scale, approximate, backend)
+    options = name, scale, approximate, backend
+    if bias is None:
+        op = ops.scaled_activation.scaled_activation_ if inplace else ops.scaled_activation.scaled_activation
+        return op(x, *options)
+    ops.bias_activation.check(x, name, bias)
+    op = ops.bias_activation.bias_activation_ if inplace else ops.bias_activation.bias_activation
+    return op(x, bias, *options)
 
 
 def weight_standardize_many(
@@ -114,8 +123,8 @@ def weight_standardize_many(
         raise ValueError(f"memory_format must be one of {tuple(_FORMAT_NAMES)}, got {memory_format}")
     layout = _FORMAT_NAMES[memory_format]
     present = [] if all(gain is None for gain in gains) else _fill_missing(weights, gains)
-    ops.weight_standardize.check(weights, present, scales, eps, eps_form, dtype, layout)
-    return ops.weight_standardize.weight_standardize(weights, present, scales, eps, eps_form, dtype, layout, backend)
+    arguments = weights, present, scales, eps, eps_form, dtype, layout, backend
+    return ops.weight_standardize.check_and_standardize(*arguments)
 
 
 def _fill_missing(weights: Sequence[Tensor], gains: Sequence[Tensor | None]) -> list[Tensor]:

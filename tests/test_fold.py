@@ -153,6 +153,30 @@ def test_activations(key):
     assert_outputs(fold(nn.Sequential(module)), (x,), 1.3 * 0.7 * MODULES[key](x.double()))
 
 
+class Biased(nn.Module):
+    """A convolution whose bias the activation adds."""
+
+    def __init__(self, layer: type) -> None:
+        super().__init__()
+        self.conv = layer(4, 6, 1, bias=False)
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = nfk.functional.scaled_activation(self.conv(x), "gelu", bias=self.bias)
+        return nfk.functional.scaled_activation(inner, "relu", bias=self.bias, inplace=True)
+
+
+@pytest.mark.parametrize("layer, size", [(nfk.WSConv1d, (7,)), (nfk.WSConv2d, (5, 4)), (nfk.WSConv3d, (2, 3, 4))],
+                         ids=["1d", "2d", "3d"])  # fmt: skip
+def test_activation_with_a_bias(layer, size):
+    module = perturb(Biased(layer))
+    x, p = torch.randn(2, 4, *size), float64_parameters(module)
+    weight = weight_of()({"weight": p["conv.weight"], "gain": p["conv.gain"]}).flatten(1)
+    bias = p["bias"].view(-1, *(1,) * len(size))
+    inner = 1.7015043497085571 * torch.nn.functional.gelu(torch.einsum("oc,nc...->no...", weight, x.double()) + bias)
+    assert_outputs(fold(module), (x,), 1.7139588594436646 * torch.relu(inner + bias))
+
+
 class Block(nn.Module):
     """A block with every factor of `functional.residual`."""
 

@@ -178,6 +178,13 @@ def scaled_activation(dtype: torch.dtype, name: str, layout: str = "contiguous",
     torch.autograd.grad(out, x, LAYOUTS[layout](torch.ones_like(out)))
 
 
+def bias_activation(dtype: torch.dtype, name: str, layout: str = "contiguous") -> None:
+    x = LAYOUTS[layout](torch.ones(2, 32, 16, 16, dtype=dtype)).requires_grad_()
+    bias = torch.ones(32, dtype=torch.float32, requires_grad=True)
+    out = nfk.functional.scaled_activation(x, name, bias=bias, backend="triton")
+    torch.autograd.grad(out, [x, bias], LAYOUTS[layout](torch.ones_like(out)))
+
+
 def residual(dtype: torch.dtype, name: str, layout: str = "contiguous", factors: tuple[str, ...] = FACTORS) -> None:
     f, shortcut = (LAYOUTS[layout](torch.ones(2, 32, 16, 16, dtype=dtype)).requires_grad_() for _ in range(2))
     shapes = {"skip_gain": (), "se": (2, 32), "keep": (2,), "bias": (32,)}
@@ -232,6 +239,8 @@ STREAMING: dict[str, Callable[..., None]] = {
     "scaled_activation bfloat16": partial(scaled_activation, BF16, "gelu"),
     "residual float32": partial(residual, F32, "gelu"),
     "residual bfloat16": partial(residual, BF16, "gelu"),
+    "bias_activation float32": partial(bias_activation, F32, "relu"),
+    "bias_activation bfloat16": partial(bias_activation, BF16, "gelu"),
     "residual bias float32": partial(residual, F32, "relu", factors=("bias",)),
     "residual bias bfloat16": partial(residual, BF16, "relu", factors=("bias",)),
 }

@@ -35,6 +35,11 @@ def scaled_activation_(x: Any, name: str, scale: float, approximate: str, backen
     return out if scale == 1.0 else out.mul_(scale)
 
 
+def bias_activation(x: Any, bias: Any, *options: Any) -> Any:
+    """`scale * f(x + bias)`, whatever the number of dims: transposed, the channels come last."""
+    return scaled_activation((x.transpose(1, -1) + bias).transpose(1, -1), *options)
+
+
 def residual(
     f: Any,
     shortcut: Any,
@@ -86,6 +91,9 @@ def traceable_ops() -> Iterator[None]:
     One thread at a time, so that none restores what another has replaced.
     """
     replacements: list[tuple[Any, str, Any]] = [
+        (ops.bias_activation, "check", lambda *_: None),
+        (ops.bias_activation, "bias_activation", bias_activation),
+        (ops.bias_activation, "bias_activation_", bias_activation),
         (ops.residual, "check", lambda *_: None),
         (ops.residual, "residual", residual),
         (ops.residual, "residual_", residual_),

@@ -113,6 +113,10 @@ class AcceleratedBlock(ResidualBlock, NormFreeBlock):
         extra = [] if self.conv2b is None else [self.conv2b]
         return [self.conv1, self.conv2, *extra, self.conv3]
 
+    def has_inner_gate(self) -> bool:
+        """Whether there is an `attn`."""
+        return self.attn is not None
+
     def has_outer_gate(self) -> bool:
         """Whether there is an `attn_last`."""
         return self.attn_last is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..modules import EfficientChannelAttention, SqueezeExcite
+from ..modules.squeeze_excite import pool_through
 from ..modules.standardized import Prepared, Request
 from ..ops.library import check_choice
 from .numerics import Numerics
@@ -23,11 +24,14 @@ from .numerics import Numerics
 ATTENTIONS = ("se", "eca")
 
 
-def activate(x: Tensor, name: str, approximate: str = "tanh", inplace: bool = False) -> Tensor:
-    """The unscaled activation; a convolution's output may be overwritten, since no convolution needs it again."""
-    if name == "relu":
+def activate(
+    x: Tensor, name: str, approximate: str = "tanh", inplace: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """The unscaled activation of x + bias; a convolution's output may be overwritten, since none needs it again."""
+    if name == "relu" and bias is None:
         return F.relu(x, inplace)
-    return functional.scaled_activation(x, name, gamma=1.0, approximate=approximate)
+    inplace = inplace and name == "relu"
+    return functional.scaled_activation(x, name, gamma=1.0, bias=bias, approximate=approximate, inplace=inplace)
 
 
 def make_attention(kind: str, channels: int, se_ratio: float, numerics: Numerics, **factory: Any) -> nn.Module:
@@ -43,15 +47,24 @@ def make_attention(kind: str, channels: int, se_ratio: float, numerics: Numerics
     return SqueezeExcite(channels, hidden=hidden, **factory)
 
 
-def take_biases(given: list[Prepared | None], first: int) -> Tensor | None:
-    """Takes the biases out of the prepared weights from `first` on, and returns their sum."""
-    total = None
-    for index in range(first, len(given)):
-        pair = given[index]
-        if pair is not None and pair[1] is not None:
-            total = pair[1] if total is None else total + pair[1]
-            given[index] = pair[0], None
-    return total
+def takes_biases(input: Tensor, training: bool) -> bool:
+    """Whether the passes after convolutions had better add their biases and sum the gradients of these.
+
+    So it is in training, where the gradient of a bias costs the reading of a tensor once more, and on GPUs, where
+    cuDNN's convolutions add none and torch does in a pass of its own; a compiler fuses that with what is around it.
+    """
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor):  # a proxy of torch.fx
+        return False
+    return input.is_cuda or (training and torch.is_grad_enabled())
+
+
+def take_bias(conv: nn.Module, given: list[Prepared | None], index: int) -> Tensor | None:
+    """Takes the bias out of the prepared weight at `index`, if there are both; not where a hook sees conv's output."""
+    pair = given[index]
+    if pair is None or pair[1] is None or conv._forward_hooks:
+        return None
+    given[index] = pair[0], None
+    return pair[1]
 
 
 class BlockPlan(NamedTuple):
@@ -104,11 +117,15 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def inner_gate(self, f: Tensor) -> Tensor | None:
-        """Logits (N, C) of the gate before the last convolution, or None."""
+        """Logits (N, C) of the gate before the last convolution from its input or the average of that, or None."""
         raise NotImplementedError
 
     def outer_gate(self, f: Tensor) -> Tensor | None:
-        """Logits (N, C) of the gate after the last convolution, or None."""
+        """Logits (N, C) of the gate after the last convolution from its output or the average of that, or None."""
+        raise NotImplementedError
+
+    def has_inner_gate(self) -> bool:
+        """Whether a gate stands before the last convolution."""
         raise NotImplementedError
 
     def has_outer_gate(self) -> bool:
@@ -122,14 +139,17 @@ class ResidualBlock(nn.Module):
         shortcut = [] if self.conv_shortcut is None else [Request(self.conv_shortcut)]
         return [*(Request(conv) for conv in inner), folded, *shortcut]
 
-    def _inner(self, a: Tensor, prepared: Sequence[Prepared | None]) -> Tensor:
+    def _inner(self, a: Tensor, given: list[Prepared | None]) -> Tensor:
         """Input of the last convolution."""
         *inner, _ = self.convolutions()
         for index, conv in enumerate(inner):
-            f = conv(a, prepared=prepared[index])
-            if index == len(inner) - 1:
-                f = self._gated(f, self.inner_gate(f))
-            a = activate(f, self.activation, self.approximate, inplace=True)
+            gated = index == len(inner) - 1 and self.has_inner_gate()
+            bias = take_bias(conv, given, index) if takes_biases(a, self.training) and not gated else None
+            f = conv(a, prepared=given[index])
+            if gated:
+                pooled, f = pool_through(f)
+                f = self._gated(f, self.inner_gate(pooled))
+            a = activate(f, self.activation, self.approximate, inplace=True, bias=bias)
         return a
 
     def branch(self, a: Tensor) -> Tensor:
@@ -146,6 +166,13 @@ class ResidualBlock(nn.Module):
             return h
         return self.conv_shortcut(a if self.pool is None else self.pool(a), prepared=prepared)
 
+    def _take_last_biases(self, given: list[Prepared | None], multiplied: bool) -> Tensor | None:
+        """The sum of the biases of what is added last; the branch's only where nothing multiplies it before."""
+        *inner, last = self.convolutions()
+        branch = None if multiplied else take_bias(last, given, len(inner))
+        shortcut = None if self.conv_shortcut is None else take_bias(self.conv_shortcut, given, -1)
+        return branch if shortcut is None else shortcut if branch is None else branch + shortcut
+
     def _keep(self, a: Tensor) -> Tensor | None:
         if not self.training or self.stochdepth_rate == 0.0:
             return None
@@ -161,25 +188,24 @@ class ResidualBlock(nn.Module):
         *inner, last = self.convolutions()
         given: list[Prepared | None] = list(prepared) or [None] * (len(inner) + 2)
         keep = self._keep(a)
-        fused = keep is None and not self.has_outer_gate() and not torch.compiler.is_compiling()
-        # In the last pass the gradient of a bias does not cost the reading of a tensor of h's size.
-        training = self.training and torch.is_grad_enabled()
-        bias = take_biases(given, first=len(inner)) if fused and training else None
+        multiplied = keep is not None or self.has_outer_gate()
+        bias = self._take_last_biases(given, multiplied) if takes_biases(a, self.training) else None
         shortcut = self._shortcut(h, a, given[-1])
         out, weights = self._inner(a, given), given[len(inner)]
         options: dict[str, Any] = {"activation": self.activation, "approximate": self.approximate}
         if self.has_outer_gate():
-            f = last(out, prepared=weights)
+            pooled, f = pool_through(last(out, prepared=weights))
             alpha = self.alpha * self.gate_gain / 2.0  # the op's gate is 2 * sigmoid
-            gate = self.outer_gate(f)
+            gate = self.outer_gate(pooled)
             # (1,) after sharded.reshape_scalars_
             skip_gain = None if self.skip_gain is None else self.skip_gain.reshape(())
-            return functional.residual(f, shortcut, skip_gain=skip_gain, se=gate, keep=keep, alpha=alpha, **options)
+            factors: dict[str, Any] = {"skip_gain": skip_gain, "se": gate, "keep": keep, "alpha": alpha}
+            return functional.residual(f, shortcut, bias=bias, **factors, **options)
         f = last(out, skip_gain=self.skip_gain, alpha=self.alpha, prepared=weights)
-        if fused:
-            return functional.residual(f, shortcut, bias=bias, inplace=True, **options)
         if keep is not None:
-            return functional.residual(f, shortcut, keep=keep, **options)
+            return functional.residual(f, shortcut, keep=keep, bias=bias, **options)
+        if not torch.compiler.is_compiling():
+            return functional.residual(f, shortcut, bias=bias, inplace=True, **options)
         h = f.add_(shortcut)  # a compiler fuses these with what is around them
         return h, activate(h, self.activation, self.approximate)
 
@@ -268,6 +294,10 @@ class NFBlock(ResidualBlock):
         extra = [] if self.conv1b is None else [self.conv1b]
         return [self.conv0, self.conv1, *extra, self.conv2]
 
+    def has_inner_gate(self) -> bool:
+        """Whether `se` stands before conv2."""
+        return self.se is not None and self.gate_inside
+
     def has_outer_gate(self) -> bool:
         """Whether `se` stands after conv2."""
         return self.se is not None and not self.gate_inside
@@ -278,4 +308,4 @@ class NFBlock(ResidualBlock):
 
     def inner_gate(self, f: Tensor) -> Tensor | None:
         """Logits of `se` before conv2."""
-        return self.se(f) if self.se is not None and self.gate_inside else None
+        return self.se(f) if self.has_inner_gate() else None  # type: ignore[misc]

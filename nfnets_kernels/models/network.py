@@ -15,7 +15,7 @@ from ..modules import WSConv2d
 from ..modules.batched import prepare_together
 from ..modules.standardized import Prepared, Request
 from ..ops.library import check_choice, check_finite
-from .blocks import NFBlock, activate
+from .blocks import NFBlock, activate, take_bias, takes_biases
 from .numerics import numerics_of
 
 STAGES = 4
@@ -147,8 +147,8 @@ class NormalizerFreeNet(nn.Module):
         """The convolutions before the first block, in order."""
         raise NotImplementedError
 
-    def forward_stem(self, x: Tensor, prepared: Sequence[Prepared | None], keep: bool) -> tuple[Tensor, Tensor]:
-        """The stem's feature of stride 2 and its output; the feature is left as it is only where `keep`."""
+    def forward_stem(self, x: Tensor, given: list[Prepared | None], tapped: bool) -> tuple[Tensor, Tensor]:
+        """The stem's feature of stride 2, which is left as it is only where it is `tapped`, and the stem's output."""
         raise NotImplementedError
 
     def stages(self) -> list[list[NFBlock]]:
@@ -174,22 +174,27 @@ class NormalizerFreeNet(nn.Module):
         of the last stages can then be reduced while the first ones are still being computed. Where a
         `BatchedWeightStandardization` owns the model, the layers hold theirs already.
         """
-        feature, h = self.forward_stem(
-            x, prepare_together([Request(conv) for conv in self.stem_convolutions()], x), features is not None
-        )
+        tapped, separate = features is not None, takes_biases(x, self.training)
+        stem, first = self.stem_convolutions(), self.stages()[0][0]
+        given = prepare_together([Request(conv) for conv in stem], x)
+        # Behind a projection nothing but a of the stem's output is used, unless a hook looks at it.
+        unseen = not tapped and first.conv_shortcut is not None and not first._forward_pre_hooks
+        bias = take_bias(stem[-1], given, -1) if separate and unseen else None
+        feature, h = self.forward_stem(x, given, tapped)
         if features is not None:
             features.append(feature)
-        a = activate(h, self.activation, self.approximate)
-        stages = self.stages()
-        for blocks in stages:
+        a = activate(h, self.activation, self.approximate, inplace=unseen, bias=bias)
+        for stage, blocks in enumerate(self.stages(), start=1):
             by_block = [block.requests() for block in blocks]
-            last = [Request(self.final_conv)] if self.final_conv is not None and blocks is stages[-1] else []
-            prepared = iter(prepare_together([request for block in by_block for request in block] + last, a))
+            last = [Request(self.final_conv)] if self.final_conv is not None and stage == STAGES else []
+            given = prepare_together([request for block in by_block for request in block] + last, a)
+            prepared = iter(given)
             for block, requests in zip(blocks, by_block, strict=True):
                 h, a = self._run_block(block, h, a, [next(prepared) for _ in requests])
             if last:
-                h = self.final_conv(h, prepared=next(prepared))  # type: ignore[misc]
-                a = activate(h, self.activation, self.approximate, inplace=features is None)
+                bias = take_bias(last[0].layer, given, -1) if separate and not tapped else None
+                h = last[0].layer(h, prepared=given[-1])
+                a = activate(h, self.activation, self.approximate, inplace=not tapped, bias=bias)
             if features is not None:
                 features.append(h)
         return a

@@ -140,9 +140,9 @@ class NFRegNet(NormalizerFreeNet):
         """The 3x3 convolution."""
         return [self.initial_conv]
 
-    def forward_stem(self, x: Tensor, prepared: Sequence[Prepared | None], keep: bool) -> tuple[Tensor, Tensor]:
+    def forward_stem(self, x: Tensor, given: list[Prepared | None], tapped: bool) -> tuple[Tensor, Tensor]:
         """The 3x3 convolution of stride 2, whose output is the feature too."""
-        out = self.initial_conv(x, prepared=prepared[0])
+        out = self.initial_conv(x, prepared=given[0])
         return out, out
 
 

@@ -169,9 +169,9 @@ class NFResNet(NormalizerFreeNet):
         """The 7x7 convolution."""
         return [self.initial_conv]
 
-    def forward_stem(self, x: Tensor, prepared: Sequence[Prepared | None], keep: bool) -> tuple[Tensor, Tensor]:
+    def forward_stem(self, x: Tensor, given: list[Prepared | None], tapped: bool) -> tuple[Tensor, Tensor]:
         """The 7x7 convolution (stride 2) and the max pooling after it."""
-        feature = self.initial_conv(x, prepared=prepared[0])
+        feature = self.initial_conv(x, prepared=given[0])
         if self.conventions.same_padding:
             return feature, max_pool_same(feature)
         return feature, F.max_pool2d(feature, 3, 2, padding=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..modules import WSConv2d
 from ..modules.standardized import Prepared
-from .blocks import NFBlock, activate, make_attention, plan_blocks
+from .blocks import NFBlock, activate, make_attention, plan_blocks, take_bias, takes_biases
 from .network import STAGES, NormalizerFreeNet
 from .pretrained import create
 
@@ -148,15 +148,15 @@ class NFNet(NormalizerFreeNet):
         """stem_conv0 to stem_conv3."""
         return [getattr(self, f"stem_conv{index}") for index in range(len(STEM_STRIDES))]
 
-    def forward_stem(self, x: Tensor, prepared: Sequence[Prepared | None], keep: bool) -> tuple[Tensor, Tensor]:
+    def forward_stem(self, x: Tensor, given: list[Prepared | None], tapped: bool) -> tuple[Tensor, Tensor]:
         """Four convolutions with activations between; the feature is the third one's output."""
-        convolutions = self.stem_convolutions()
-        x = feature = convolutions[0](x, prepared=prepared[0])
-        for index, (conv, weights) in enumerate(zip(convolutions[1:], prepared[1:], strict=True), start=1):
-            tapped = index == len(convolutions) - 1
-            feature = x
-            x = conv(activate(x, self.activation, self.approximate, inplace=not (keep and tapped)), prepared=weights)
-        return feature, x
+        *inner, last = self.stem_convolutions()
+        for index, conv in enumerate(inner):
+            seen = tapped and index == len(inner) - 1
+            bias = take_bias(conv, given, index) if takes_biases(x, self.training) and not seen else None
+            feature = conv(x, prepared=given[index])
+            x = activate(feature, self.activation, self.approximate, inplace=not seen, bias=bias)
+        return feature, last(x, prepared=given[-1])
 
 
 def _variant(name: str, width: tuple[int, ...], options: dict[str, Any]) -> NFNet:

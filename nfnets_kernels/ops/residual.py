@@ -3,6 +3,7 @@
 `h = alpha * skip_gain * keep * gate * f + bias + shortcut` and `a = scale * act(h)`, with gate = 2 * sigmoid(se).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -31,11 +32,9 @@ from .scaled_activation import APPROXIMATIONS, CPU_CODES, saves_output, scaled_a
 # The elementwise ones: h and a have one shape.
 ACTIVATIONS = tuple(name for name in GAMMA if name not in ("glu", "log_softmax"))
 
-# Units of the CPU kernel in channels-last order. Without a bias: all pixels of a sample, of each 512 bytes of float32.
-_UNIT_CHANNELS = 128
-# With one: pixels of a row of partial sums. Few enough for accuracy and for threads, many enough for the sums to be
-# small against the data; never dependent on the number of threads.
-_UNIT_ELEMENTS, _LEAST_PIXELS, _MOST_PIXELS = 65536, 16, 256
+# Of the CPU kernel in channels-last order: pixels of a row of partial sums. Few enough for accuracy and for threads,
+# many enough for the sums to be small against the data; never dependent on the number of threads.
+_BLOCK_ELEMENTS, _LEAST_PIXELS, _MOST_PIXELS = 65536, 16, 256
 
 
 def check(
@@ -61,23 +60,24 @@ def check(
             f"got {tuple(shortcut.shape)} and {shortcut.dtype}"
         )
     check_same_device("shortcut", shortcut, "f", f)
-    small = (
-        ("skip_gain", skip_gain, ()),
-        ("se", se, f.shape[:2]),
-        ("keep", keep, f.shape[:1]),
-        ("bias", bias, f.shape[1:2]),
-    )
-    for name, tensor, shape in small:
-        if tensor is None:
-            continue
-        check_float(name, tensor)
-        check_same_device(name, tensor, "f", f)
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    check_small("skip_gain", skip_gain, (), "f", f)
+    check_small("se", se, f.shape[:2], "f", f)
+    check_small("keep", keep, f.shape[:1], "f", f)
+    check_small("bias", bias, f.shape[1:2], "f", f)
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("approximate", approximate, APPROXIMATIONS)
     for name, value in (("alpha", alpha), ("scale", scale)):
         check_finite(name, value)
+
+
+def check_small(name: str, tensor: Tensor | None, shape: Sequence[int], of: str, f: Tensor) -> None:
+    """Raises ValueError or TypeError unless the tensor, where there is one, has the shape that goes with f."""
+    if tensor is None:
+        return
+    check_float(name, tensor)
+    check_same_device(name, tensor, of, f)
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def check_inplace(skip_gain: Tensor | None, se: Tensor | None, keep: Tensor | None) -> None:
@@ -101,8 +101,9 @@ def _forward(f, shortcut, skip_gain, se, keep, alpha, activation, scale, approxi
 
 
 def _fake_backward(
-    grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype=None
-):
+    grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype=None,
+    bias=None,
+):  # fmt: skip
     """As `reference.residual_backward` returns them."""
     branch = Branch(skip_gain, se, keep, alpha)
     grads = [dense_like(saved) for _ in range(1 if branch.is_one else 2)]
@@ -114,28 +115,36 @@ def _fake_backward(
 
 
 def _backward(
-    grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype=None
-):
-    """grad_h is None where h has no further use, as before a projection; bias_dtype where bias needs no gradient."""
+    grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype=None,
+    bias=None,
+):  # fmt: skip
+    """grad_h is None where h has no further use, as before a projection; bias_dtype where bias needs no gradient.
+
+    bias is what `saved` lacks, in the backward pass of `bias_activation`.
+    """
     key = function_key(activation, approximate)
     branch = Branch(skip_gain, se, keep, alpha)
-    if grad_h is None and branch.is_one and bias_dtype is None:
+    if grad_h is None and branch.is_one and bias_dtype is None and bias is None:
         return [scaled_activation_backward(grad_a, saved, activation, scale, approximate, backend)]
     _, kernel = backends.select("residual", saved.device.type, backend, key)
     grads = _fake_backward(
         grad_h, grad_a, f, saved, skip_gain, se, keep, alpha, activation, scale, approximate, backend, bias_dtype
     )
-    kernel(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype)
+    kernel(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype, bias)
     return grads
 
 
 def _reference_forward(f, shortcut, branch, key, scale, bias, h, a):
+    """In all backends shortcut and h are both None for `bias_activation`, whose branch is 1."""
+    if shortcut is None:
+        a.copy_(reference.bias_activation(f, key, scale, bias))
+        return
     for out, value in zip((h, a), reference.residual(f, shortcut, branch, key, scale, bias), strict=True):
         out.copy_(value)
 
 
-def _reference_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype):
-    values = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, bias_dtype)
+def _reference_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype, bias):
+    values = reference.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, bias_dtype, bias)
     for out, value in zip(grads, values, strict=True):
         out.copy_(value)
 
@@ -151,7 +160,6 @@ class _Units(NamedTuple):
     space: int
     channels_last: bool
     pixels: int
-    unit_channels: int
 
     @property
     def sums(self) -> tuple[int, int, int]:
@@ -159,16 +167,14 @@ class _Units(NamedTuple):
         return self.samples, -(-self.space // self.pixels) if self.channels_last else 1, self.channels
 
 
-def _units(like, branch, with_bias):
+def _units(like, branch):
     samples, channels = like.shape[:2]
     space = like[0, 0].numel() if like.numel() else 0
     channels_last = is_channels_last(like) or space == 1
-    if not with_bias:  # a row of sums is a sample's
-        return _Units(samples, channels, space, channels_last, max(1, space), _UNIT_CHANNELS)
     if channels_last and branch.is_one:  # then all samples are alike
         samples, space = 1, samples * space
-    pixels = min(max(_UNIT_ELEMENTS // max(1, channels), _LEAST_PIXELS), _MOST_PIXELS)
-    return _Units(samples, channels, space, channels_last, pixels, max(1, channels))
+    pixels = min(max(_BLOCK_ELEMENTS // max(1, channels), _LEAST_PIXELS), _MOST_PIXELS, max(1, space))
+    return _Units(samples, channels, space, channels_last, pixels)
 
 
 def _cpu_call(tensors, like, units, key, scale):
@@ -187,23 +193,27 @@ def _cpu_call(tensors, like, units, key, scale):
 
 
 def _cpu_forward(f, shortcut, branch, key, scale, bias, h, a):
-    product = reference.factor(h, branch)
-    if bias is not None:
-        bias = bias.to(accumulation_dtype(h.dtype)).contiguous()
-    tensors = [aligned(f, h), aligned(shortcut, h), h, a, *[None] * 5, product, None, bias, None]
-    _cpu_call(tensors, h, _units(h, branch, bias is not None), key, scale)
+    product = reference.factor(a, branch)
+    f, shortcut = aligned(f, a), None if shortcut is None else aligned(shortcut, a)
+    tensors = [f, shortcut, h, a, *[None] * 5, product, None, _cpu_bias(bias, a), None]
+    _cpu_call(tensors, a, _units(a, branch), key, scale)
 
 
-def _cpu_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype):
+def _cpu_bias(bias, like):
+    return None if bias is None else bias.to(accumulation_dtype(like.dtype)).contiguous()
+
+
+def _cpu_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype, bias):
     grad_shortcut, grad_f = grads[0], None if branch.is_one else grads[1]
-    units = _units(grad_shortcut, branch, bias_dtype is not None)
+    units = _units(grad_shortcut, branch)
     # zeros: in channels_last order the kernel adds pixel by pixel
     zeros = partial(saved.new_zeros, units.sums, dtype=accumulation_dtype(saved.dtype))
     sums = None if f is None else zeros()
     bias_sums = None if bias_dtype is None else zeros()
     grad_h, grad_a, f, saved = (None if x is None else aligned(x, grad_shortcut) for x in (grad_h, grad_a, f, saved))
     product = reference.factor(saved, branch)
-    tensors = [f, *[None] * 3, grad_h, grad_a, saved, grad_shortcut, grad_f, product, sums, None, bias_sums]
+    bias = _cpu_bias(bias, saved)
+    tensors = [f, *[None] * 3, grad_h, grad_a, saved, grad_shortcut, grad_f, product, sums, bias, bias_sums]
     _cpu_call(tensors, grad_shortcut, units, key, scale)
     if bias_sums is not None:
         grads[-1].copy_(bias_sums.sum((0, 1)))
@@ -218,14 +228,15 @@ backends.register("residual", "cpu", variants=tuple(CPU_CODES))((_cpu_forward, _
 def _triton_forward(f, shortcut, branch, key, scale, bias, h, a):
     from ..triton_kernels import residual as kernels
 
-    kernels.residual(aligned(f, h), aligned(shortcut, h), branch, key, scale, bias, h, a)
+    shortcut = None if shortcut is None else aligned(shortcut, a)
+    kernels.residual(aligned(f, a), shortcut, branch, key, scale, bias, h, a)
 
 
-def _triton_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype):
+def _triton_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype, bias):
     from ..triton_kernels import residual as kernels
 
     grad_h, grad_a, f, saved = (None if x is None else aligned(x, grads[0]) for x in (grad_h, grad_a, f, saved))
-    kernels.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype is not None)
+    kernels.residual_backward(grad_h, grad_a, f, saved, branch, key, scale, grads, bias_dtype is not None, bias)
 
 
 backends.register("residual", "triton")((_triton_forward, _triton_backward))
@@ -286,7 +297,7 @@ class _InPlace(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def _overwritable(f: Tensor, *others: Tensor | None) -> bool:
+def overwritable(f: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel may write h over f: plain memory in h's order that none of the others shares.
 
     torch lets a Function that returns two tensors overwrite no view.
@@ -311,7 +322,7 @@ def residual_(
 ) -> tuple[Tensor, Tensor]:
     """`residual` that writes h into f and returns f as h, for what `check_inplace` accepts."""
     inputs = f, shortcut, None, None, None, alpha, activation, scale, approximate, backend, bias
-    if torch.compiler.is_compiling() or not _overwritable(f, shortcut, bias):  # the compiler removes the copy
+    if torch.compiler.is_compiling() or not overwritable(f, shortcut, bias):  # the compiler removes the copy
         h, a = residual(*inputs)
         return f.copy_(h), a
     return _InPlace.apply(*inputs)
@@ -326,7 +337,7 @@ residual = define(
 residual_backward = define(
     "residual_backward(Tensor? grad_h, Tensor grad_a, Tensor? f, Tensor saved, Tensor? skip_gain, Tensor? se, "
     "Tensor? keep, float alpha, str activation, float scale, str approximate, str backend, "
-    "ScalarType? bias_dtype=None) -> Tensor[]",
+    "ScalarType? bias_dtype=None, Tensor? bias=None) -> Tensor[]",
     _backward,
     _fake_backward,
 )

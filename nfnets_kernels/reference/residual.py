@@ -91,6 +91,12 @@ def residual(
     return h, scaled_activation(h, key, scale)
 
 
+def bias_activation(f: Tensor, key: str, scale: float, bias: Tensor) -> Tensor:
+    """`scale * act(f + bias)`; f: (N, C, ...), bias: (C,)."""
+    acc = accumulation_dtype(f.dtype)
+    return scaled_activation(f.to(acc) + spread(bias.to(acc)[None], f), key, scale).to(f.dtype)
+
+
 def residual_backward(
     grad_h: Tensor | None,
     grad_a: Tensor,
@@ -100,13 +106,16 @@ def residual_backward(
     key: str,
     scale: float,
     bias_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients for shortcut, where the branch is not 1 for f, where f is given for the branch's tensors, and for bias.
 
-    grad_h is None for zeros; saved is h, or ReLU's output; bias_dtype is None where bias needs no gradient.
+    grad_h is None for zeros; saved is h, or ReLU's output, or with `bias` what this is added to in `bias_activation`;
+    bias_dtype is None where bias needs no gradient.
     """
     acc = accumulation_dtype(saved.dtype)
-    grad = scaled_activation_backward(grad_a.to(acc), saved.to(acc), key, scale)
+    at = saved.to(acc) if bias is None else saved.to(acc) + spread(bias.to(acc)[None], saved)
+    grad = scaled_activation_backward(grad_a.to(acc), at, key, scale)
     if grad_h is not None:
         grad = grad_h.to(acc) + grad
     grads = [grad.to(saved.dtype)]

@@ -18,9 +18,15 @@ TRITON_DTYPES = {
 ACCESS_BYTES = 16
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up; Triton's takes 2 us, since it is for kernels too."""
+    return -(-a // b)
+
+
 def launch(kernel: Any, grid: int, device: torch.device, *, num_warps: int = 4, **arguments: Any) -> None:
     """Runs `grid` programs of a kernel on the device's current stream; arguments by the kernel's parameter names."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[(grid,)](num_warps=num_warps, **arguments)
 
 

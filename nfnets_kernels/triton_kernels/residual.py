@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference.residual import Branch
 from ..reference.weight_standardize import accumulation_dtype
-from .launch import TRITON_DTYPES, launch, narrowed, scalar, widened
+from .launch import TRITON_DTYPES, ceil_div, launch, narrowed, scalar, widened
 from .scaled_activation import block_of, gradient, load, sigmoid, store, tile_of, unit_of, value
 
 # Columns of a backward tile in channels-last order, 128 bytes of bfloat16: the program sums over the rows.
@@ -47,7 +47,12 @@ def forward_kernel(
     KEY: tl.constexpr, BY_COLUMN: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program does one tile; length = units * UNIT tells the compiler how rows are aligned."""
+    """A program does one tile; length = units * UNIT tells the compiler how rows are aligned.
+
+    Args:
+        shortcut: None for zeros.
+        h: None where it is not kept.
+    """
     length = units * UNIT
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(length, COLUMNS)
     tile = tl.program_id(0)
@@ -61,15 +66,18 @@ def forward_kernel(
     branch = load(f + at, mask, ACC) * _factor(skip_gain, se, keep, alpha, sample, channel, channels, there, ACC)
     if bias is not None:
         branch += load(bias + channel, there, ACC)
-    stored = narrowed(branch + load(shortcut + at, mask, ACC), h.dtype.element_ty)
-    tl.store(h + at, stored, mask=mask)
-    # of h as stored: a backward pass that recomputes from h agrees
-    store(a + at, scalar(scale, ACC) * value(widened(stored, ACC), KEY), mask)
+    if shortcut is not None:
+        branch += load(shortcut + at, mask, ACC)
+    if h is not None:
+        stored = narrowed(branch, h.dtype.element_ty)
+        tl.store(h + at, stored, mask=mask)
+        branch = widened(stored, ACC)  # a backward pass that recomputes from h agrees
+    store(a + at, scalar(scale, ACC) * value(branch, KEY), mask)
 
 
 @triton.jit
 def backward_kernel(
-    grad_h, grad_a, f, saved, skip_gain, se, keep, grad_shortcut, grad_f, partials, bias_partials,
+    grad_h, grad_a, f, saved, skip_gain, se, keep, bias, grad_shortcut, grad_f, partials, bias_partials,
     rows, units, parts, alpha: tl.float64, scale: tl.float64,
     KEY: tl.constexpr, BY_COLUMN: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TILES: tl.constexpr, ACC: tl.constexpr,
@@ -80,6 +88,7 @@ def backward_kernel(
         grad_h: None for zeros.
         f: None where nothing is summed.
         saved: h, or the activation's output where the gradient follows from it.
+        bias: what h has more than saved, or None.
         grad_f: None where it is grad_shortcut.
         partials: (samples, parts, channels) in the accumulation dtype, or None as f.
         bias_partials: the same of grad, or None.
@@ -98,7 +107,8 @@ def backward_kernel(
         row += group * ROWS
         column += part.to(tl.int64) * TILES * COLUMNS
         channel, channels = row, rows
-    factor = _factor(skip_gain, se, keep, alpha, sample, channel, channels, channel < channels, ACC)
+    there = channel < channels
+    factor = _factor(skip_gain, se, keep, alpha, sample, channel, channels, there, ACC)
     scale = scalar(scale, ACC)
     start = sample * rows * length
     sums = tl.zeros((ROWS, COLUMNS), ACC)
@@ -107,7 +117,10 @@ def backward_kernel(
         mask = (row < rows) & (column < length)
         at = start + row * length + column
         inner = scale * load(grad_a + at, mask, ACC)
-        grad = gradient(inner, load(saved + at, mask, ACC), KEY)
+        point = load(saved + at, mask, ACC)
+        if bias is not None:
+            point += load(bias + channel, there, ACC)
+        grad = gradient(inner, point, KEY)
         if grad_h is not None:
             grad += load(grad_h + at, mask, ACC)
         store(grad_shortcut + at, grad, mask)
@@ -123,10 +136,10 @@ def backward_kernel(
             column += COLUMNS
     at = (sample * parts + part) * channels + channel
     if f is not None:
-        tl.store(partials + at, tl.sum(sums, axis=0 if BY_COLUMN else 1, keep_dims=True), mask=channel < channels)
+        tl.store(partials + at, tl.sum(sums, axis=0 if BY_COLUMN else 1, keep_dims=True), mask=there)
     if bias_partials is not None:
         of_part = tl.sum(bias_sums, axis=0 if BY_COLUMN else 1, keep_dims=True)
-        tl.store(bias_partials + at, of_part, mask=channel < channels)
+        tl.store(bias_partials + at, of_part, mask=there)
 
 
 @triton.jit
@@ -218,32 +231,40 @@ def _factors(branch: Branch, dtype: torch.dtype) -> dict:
 
 
 def residual(
-    f: Tensor, shortcut: Tensor, branch: Branch, key: str, scale: float, bias: Tensor | None, h: Tensor, a: Tensor
+    f: Tensor,
+    shortcut: Tensor | None,
+    branch: Branch,
+    key: str,
+    scale: float,
+    bias: Tensor | None,
+    h: Tensor | None,
+    a: Tensor,
 ) -> None:
     """h = factor * f + bias + shortcut, a = scale * act(h).
 
     Args:
-        f, shortcut, h, a: (N, C, ...), all in contiguous or all in channels-last order; h may be f.
+        f, shortcut, h, a: (N, C, ...), all in contiguous or all in channels-last order; h or a may be f. shortcut is
+            None for zeros, h where it is not kept.
         branch: the factor.
         key: an elementwise key of `nfnets_kernels.reference.scaled_activation`.
         scale: any number.
         bias: (C,), or None.
     """
-    if h.numel() == 0:
+    if a.numel() == 0:
         return
-    view = _view(h, branch, bias is not None)
-    block = block_of(h.dtype, 2)
+    view = _view(a, branch, bias is not None)
+    block = block_of(a.dtype, 1 if shortcut is None else 2)
     tile = tile_of(view.length, block, block)
     launch(
         forward_kernel,
-        view.samples * triton.cdiv(view.rows, tile[0]) * triton.cdiv(view.length, tile[1]),
-        h.device,
+        view.samples * ceil_div(view.rows, tile[0]) * ceil_div(view.length, tile[1]),
+        a.device,
         f=f,
         shortcut=shortcut,
         bias=bias if bias is None else bias.contiguous(),
         h=h,
         a=a,
-        **_shared(branch, view, tile, key, scale, h.dtype),
+        **_shared(branch, view, tile, key, scale, a.dtype),
     )
 
 
@@ -257,6 +278,7 @@ def residual_backward(
     scale: float,
     grads: Sequence[Tensor],
     with_bias: bool,
+    bias: Tensor | None,
 ) -> None:
     """Writes the gradients of shortcut, f (unless the factor is 1), where f is given of the branch's tensors, and bias.
 
@@ -267,18 +289,19 @@ def residual_backward(
         branch, key, scale: as in `residual`.
         grads: the results, as `nfnets_kernels.reference.residual.residual_backward` returns them.
         with_bias: whether the last of grads is that of bias.
+        bias: (C,), what h has more than saved; None for zeros.
     """
     if saved.numel() == 0:
         for grad in grads:
             grad.zero_()
         return
-    view = _view(saved, branch, with_bias)
+    view = _view(saved, branch, with_bias or bias is not None)
     loads = 2 + (grad_h is not None) + (f is not None)
     block = block_of(saved.dtype, loads)
     tile = tile_of(view.length, block, _COLUMNS if view.by_column else block)
     along, across = (0, 1) if view.by_column else (1, 0)
     sizes = view.rows, view.length
-    parts = triton.cdiv(sizes[along], tile[along] * _TILES)
+    parts = ceil_div(sizes[along], tile[along] * _TILES)
 
     def partial_sums(needed: bool) -> Tensor | None:
         shape = view.samples, parts, sizes[across]
@@ -287,24 +310,33 @@ def residual_backward(
     partials, bias_partials = partial_sums(f is not None), partial_sums(with_bias)
     launch(
         backward_kernel,
-        view.samples * parts * triton.cdiv(sizes[across], tile[across]),
+        view.samples * parts * ceil_div(sizes[across], tile[across]),
         saved.device,
         grad_h=grad_h,
         grad_a=grad_a,
         f=f,
         saved=saved,
+        bias=bias if bias is None else bias.contiguous(),
         grad_shortcut=grads[0],
         grad_f=None if branch.is_one else grads[1],
         partials=partials,
         bias_partials=bias_partials,
         parts=parts,
-        TILES=min(_TILES, triton.cdiv(sizes[along], tile[along])),
+        TILES=min(_TILES, ceil_div(sizes[along], tile[along])),
         **_shared(branch, view, tile, key, scale, saved.dtype),
     )
     if partials is not None:
         _finish(partials, branch, saved.dtype, grads[2:])
     if bias_partials is not None:
-        grads[-1].copy_(bias_partials.sum((0, 1)))
+        _add_up(bias_partials, (0, 1), grads[-1])
+
+
+def _add_up(partials: Tensor, dims: int | tuple[int, ...], out: Tensor) -> None:
+    """Sums over dims into out, in one launch where its dtype is the accumulation's."""
+    if out.dtype == partials.dtype:
+        torch.sum(partials, dims, out=out)
+    else:
+        out.copy_(partials.sum(dims))
 
 
 def _finish(partials: Tensor, branch: Branch, dtype: torch.dtype, grads: Sequence[Tensor]) -> None:
@@ -331,4 +363,4 @@ def _finish(partials: Tensor, branch: Branch, dtype: torch.dtype, grads: Sequenc
         **_factors(branch, dtype),
     )
     if grad_skip_gain is not None and of_samples is not None:
-        grad_skip_gain.copy_(of_samples.sum())
+        _add_up(of_samples, 0, grad_skip_gain)

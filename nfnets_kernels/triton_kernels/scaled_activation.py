@@ -1,5 +1,6 @@
 """`scale * f(x)` for each of the 16 activations, and its gradient: one read per operand and one write."""
 
+import functools
 import math
 
 import torch
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.weight_standardize import accumulation_dtype
-from .launch import ACCESS_BYTES, TRITON_DTYPES, launch, narrowed, scalar, widened
+from .launch import ACCESS_BYTES, TRITON_DTYPES, ceil_div, launch, narrowed, scalar, widened
 
 # What a program of 4 warps has in flight: up to 2048 bytes per warp. An H200 covers its latency of some 0.7 us at
 # 4.8 TB/s with 3.4 MB in flight, 25 KB per multiprocessor, where 8 and more programs are resident.
@@ -267,6 +268,8 @@ def log_softmax_kernel(
             store(out + at + i * channel_stride, g - tl.exp(values) * grad_sum, mask)
 
 
+# Triton's own cdiv and next_power_of_2 take 2 us on the host, which wraps their arguments; a tile is chosen once.
+@functools.cache
 def block_of(dtype: torch.dtype, loads: int) -> int:
     """Elements of a program that loads that many tensors, a power of 2."""
     return min(_MOST_ELEMENTS, _BYTES // triton.next_power_of_2(loads) // dtype.itemsize)
@@ -277,12 +280,13 @@ def unit_of(length: int, dtype: torch.dtype) -> int:
     return math.gcd(length, ACCESS_BYTES // dtype.itemsize)
 
 
+@functools.lru_cache(maxsize=4096)
 def tile_of(length: int, block: int, most_columns: int) -> tuple[int, int]:
     """Rows and columns of a tile of `block` elements: the widest of those that waste the fewest lanes on such rows."""
     whole = triton.next_power_of_2(length)
     widest, narrowest = min(whole, block, most_columns), min(whole, _LINE)
     choices = [widest >> i for i in range(widest.bit_length()) if widest >> i >= narrowest]
-    columns = min(choices, key=lambda columns: triton.cdiv(length, columns) * columns)
+    columns = min(choices, key=lambda columns: ceil_div(length, columns) * columns)
     return block // columns, columns
 
 
@@ -307,7 +311,7 @@ def _elementwise(x: Tensor, grad: Tensor | None, key: str, out: Tensor, shared: 
     block = block_of(x.dtype, 1 if grad is None else 2)
     launch(
         elementwise_kernel,
-        triton.cdiv(x.numel(), block),
+        ceil_div(x.numel(), block),
         x.device,
         num_warps=8 if x.dtype.itemsize == 2 else 4,  # 8 values a thread, one access: of 16 the compiler spills some
         x=x,
@@ -329,7 +333,7 @@ def _glu(x: Tensor, grad: Tensor | None, key: str, out: Tensor, shared: dict) ->
     unit = unit_of(length, x.dtype)
     launch(
         glu_kernel,
-        triton.cdiv(rows, tile_rows) * triton.cdiv(length, columns),
+        ceil_div(rows, tile_rows) * ceil_div(length, columns),
         x.device,
         x=x,
         grad=grad,
@@ -356,7 +360,7 @@ def _log_softmax(x: Tensor, grad: Tensor | None, key: str, out: Tensor, shared: 
         view = {"channel_stride": 1, "positions": space, "position_stride": channels}
     launch(
         log_softmax_kernel,
-        samples * triton.cdiv(space, tile_positions),
+        samples * ceil_div(space, tile_positions),
         x.device,
         x=x,
         grad=grad,
