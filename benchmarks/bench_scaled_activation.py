@@ -1,9 +1,10 @@
-"""Scaled activations on 16M elements, on a GPU 64M, forward and backward."""
+"""Scaled activations on 16M elements, on a GPU 64M, forward and backward; ReLU also with a convolution's bias."""
 
 from collections.abc import Callable
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 
 import nfnets_kernels as nfk
 from benchmarks import peers
@@ -26,6 +27,8 @@ def run(session: Session) -> None:
     directions = DIRECTIONS if settings.on_gpu else (BOTH,)
     for name, dtype, direction in session.track(list(product(names, DTYPES, directions)), BENCH):
         session.compare(comparison(session, name, dtype, direction))
+    for dtype, direction in session.track(list(product(DTYPES, directions)), f"{BENCH}, with bias"):
+        session.compare(with_bias(session, dtype, direction))
 
 
 def comparison(session: Session, name: str, dtype_name: str, direction: str) -> Comparison:
@@ -60,6 +63,44 @@ def comparison(session: Session, name: str, dtype_name: str, direction: str) -> 
         contestants=contestants,
         # The eager chain rounds to bfloat16 after each of its two steps.
         check=check_against(directed(chain)(), 1e-5 if dtype == torch.float32 else 1e-2),
+        traffic=traffic(x, direction),
+    )
+
+
+def with_bias(session: Session, dtype_name: str, direction: str) -> Comparison:
+    """What follows a convolution inside a block, in the layout of these: its bias and ReLU, and their gradients."""
+    settings = session.settings
+    torch.manual_seed(settings.seed)
+    dtype = DTYPES[dtype_name]
+    shape = GPU_SHAPE if settings.on_gpu else SHAPE
+    x, grad_output = (
+        torch.randn(shape, device=settings.device).to(dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    inputs = [x.requires_grad_(), torch.randn(shape[1], device=settings.device).to(dtype).requires_grad_()]
+
+    def directed(epilogue: Callable[..., torch.Tensor]) -> Function:
+        return timed(direction, lambda: [epilogue(*inputs)], inputs, [grad_output])
+
+    def ours(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return nfk.functional.scaled_activation(x, "relu", gamma=1.0, bias=bias)
+
+    def eager(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.relu_(x + bias[:, None, None])
+
+    contestants = [
+        Contestant("scaled_activation", directed(ours), "ours", ["residual"]),
+        Contestant("eager relu_(x + bias)", directed(eager)),
+    ]
+    if direction != BACKWARD and (settings.on_gpu or not settings.quick):
+        compiled = peers.compiled(eager, settings.compile_mode)
+        contestants.append(Contestant("torch.compile of eager", directed(compiled), optional=True))
+    return Comparison(
+        bench=BENCH,
+        case=f"relu with bias, NHWC {dtype_name}, {direction}",
+        contestants=contestants,
+        # Eager bfloat16 rounds before the activation too, and sums what it rounded.
+        check=check_against(directed(eager)(), 1e-4 if dtype == torch.float32 else 3e-2),
         traffic=traffic(x, direction),
     )
 

@@ -1,7 +1,7 @@
 """Everything there is to check on a CUDA machine, in 8 minutes: ``python -m benchmarks.gpu_check OUTDIR``.
 
 Every stage is a process with its own log and time limit; one that fails does not stop the next. What is left in OUTDIR:
-a log per stage, the tests' JUnit files, ``results/`` of the benchmarks with their report, ``summary.json``, and all of
+a log per stage, the tests' JUnit file, ``results/`` of the benchmarks with their report, ``summary.json``, and all of
 it once more in one archive, ``gpu_check.tar.gz``.
 """
 
@@ -25,9 +25,11 @@ from benchmarks.environment import REPOSITORY, slug
 BUDGET_SECONDS = 480.0
 ARCHIVE = "gpu_check.tar.gz"
 OP_TESTS = (
-    *("agc", "agc_contract", "agc_oracles", "sgd_agc", "sgd_agc_contract", "clip_statistics"),
-    *("weight_standardize", "scaled_activation", "residual"),
+    *("agc", "agc_contract", "agc_oracles", "sgd_agc", "sgd_agc_contract", "clip_statistics", "weight_standardize"),
+    *("scaled_activation", "inplace_activation", "bias_activation", "residual", "residual_bias", "inplace_residual"),
 )
+# Triton compiles more than a thousand variants for them, each in 0.1 to 0.4 s; a process has a context of 0.5 GB.
+MOST_TEST_PROCESSES = 12
 # The one that compiles hundreds of tensors for a peer comes last.
 OP_BENCHES = ("weight_standardize", "host", "scaled_activation", "residual", "in_step", "step", "sgd_agc", "agc")
 PYTHON = (sys.executable, "-u", "-m")
@@ -59,7 +61,7 @@ def stages(folder: Path, capability: str) -> list[Stage]:
     """What is done on a card of a compute capability, in this order: what decides most comes first.
 
     What precedes the tests may take 475 of the 480 seconds even if every stage of it runs into its limit, so that the
-    benchmarks are never cut short by what comes before; the tests share what the others have left over.
+    benchmarks are never cut short by what comes before; the tests have what the others leave over.
     """
     results = str(folder / "results")
     # nvcc compiles every kernel once per architecture of a release: for one of them alone it takes seconds.
@@ -86,17 +88,19 @@ def stages(folder: Path, capability: str) -> list[Stage]:
               modules=("timm", "torchvision", "rich", "matplotlib")),
         Stage("report", (*PYTHON, "benchmarks", "report", results, "--output", str(folder)), 20,
               modules=("rich", "matplotlib", "jinja2")),
-        *(test_stage(name, folder) for name in OP_TESTS),
+        tests(folder),
         Stage("memcheck_triton", (*sanitizer("memcheck"), "--cases", "12", "--backends", "triton"), 90, least=20,
               environment=uncached),
     ]  # fmt: skip
 
 
-def test_stage(name: str, folder: Path) -> Stage:
-    """The tests of one file, on the GPU."""
-    modules = ("pytest", "hypothesis", "timm", *(["optax"] if name in ("agc_oracles", "sgd_agc") else []))
-    command = (*PYTHON, "pytest", "-q", f"tests/test_{name}.py", f"--junit-xml={folder}/test_{name}.xml")
-    return Stage(f"test_{name}", command, 75, modules=modules, environment={"NFK_TEST_DEVICE": "cuda"})
+def tests(folder: Path) -> Stage:
+    """The tests of all ops on the GPU, in some processes."""
+    processes = str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
+    command = (*PYTHON, "pytest", "-q", "-n", processes, "--dist", "worksteal", f"--junit-xml={folder}/tests.xml")
+    files = [f"tests/test_{name}.py" for name in OP_TESTS]
+    return Stage("tests", (*command, *files), 240, least=60, modules=("pytest", "xdist", "hypothesis", "timm", "optax"),
+                 environment={"NFK_TEST_DEVICE": "cuda"})  # fmt: skip
 
 
 def sanitizer(tool: str, kernel: str = "") -> tuple[str, ...]:

@@ -9,7 +9,7 @@ CONVOLUTIONS = "convolutions"
 MATRIX_PRODUCTS = "matrix products"
 BATCH_NORM = "BatchNorm"
 POINTWISE = "activations and other pointwise"
-EPILOGUE = "residual epilogue"
+EPILOGUE = "epilogues: bias, activation, residual"
 STANDARDIZATION = "weight standardization"
 UPDATE = "clipping and optimizer"
 COPIES = "copies, casts, layout"
@@ -26,11 +26,11 @@ CATEGORIES = (
 PATTERNS = tuple(
     (category, re.compile(pattern))
     for category, pattern in (
-        (STANDARDIZATION, r"standardize"),
+        (STANDARDIZATION, r"(?i)standardize"),
         (UPDATE, r"\bnfk::.*\b(clip|step)<|^(clip|clip_parts|sum_parts|step|step_parts)_kernel"),
         (UPDATE, r"nfnets_kernels::(sgd_)?agc_|multi_tensor_apply|aten::_(fused|foreach)_"),
-        # The function of autograd that runs ours on a CPU; in a ReLU network only the residual has one.
-        (EPILOGUE, r"nfnets_kernels::residual|^(forward|backward|finish)_kernel|\b_InPlace"),
+        # The functions of autograd that run ours in place: in a ReLU network those of the epilogues.
+        (EPILOGUE, r"nfnets_kernels::(residual|bias_activation)|^(forward|backward|finish)_kernel|\b_InPlace"),
         (POINTWISE, r"nfnets_kernels::\w+_activation|^(elementwise|glu|log_softmax)_kernel"),
         (BATCH_NORM, r"(?i)batch_?norm|\bbn_(fw|bw)"),
         # The mean over positions, as which pooling at the end of a network runs.
