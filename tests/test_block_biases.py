@@ -50,11 +50,11 @@ def images(dtype=torch.float64):
 
 
 @contextlib.contextmanager
-def separately():
-    """Convolutions add their biases themselves."""
+def separately(separate=True):
+    """Convolutions add their biases themselves; or never, as on a GPU."""
     with contextlib.ExitStack() as stack:
         for module in (blocks, network, nfnet):
-            stack.enter_context(mock.patch.object(module, "takes_biases", lambda *_: False))
+            stack.enter_context(mock.patch.object(module, "takes_biases", lambda *_: not separate))
         yield
 
 
@@ -120,6 +120,19 @@ def test_convolutions_add_a_bias_only_before_a_gate(name, gated):
         model.eval()(x)
     assert biases
     assert all(bias is not None for bias in biases)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inference_as_on_a_gpu(name):
+    """Nor do convolutions add biases there, whose weights are kept from pass to pass."""
+    model, x = make(name).eval(), images()
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            with separately(False), convolution_biases() as biases:
+                torch.testing.assert_close(model(x), expected)
+    gated = 0 if model.blocks[0].se is None else len(model.blocks)
+    assert sum(bias is not None for bias in biases) == gated
 
 
 def test_compiled_convolutions_keep_their_biases():

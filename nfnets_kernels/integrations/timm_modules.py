@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..models.blocks import ResidualBlock, activate
+from ..models.blocks import ResidualBlock, activate, takes_biases
 from ..modules.batched import prepare_together
 from ..modules.conv import _WSConv
 from ..modules.standardized import Prepared, Request, Standardized
@@ -164,7 +164,8 @@ class AcceleratedStage(nn.Sequential):
         """(N, C, H, W) to the residual stream after the last block."""
         blocks: list[Any] = list(self)
         by_block = [block.requests() for block in blocks]
-        prepared = iter(prepare_together([request for requests in by_block for request in requests], x))
+        wanted = [request for requests in by_block for request in requests]
+        prepared = iter(prepare_together(wanted, x, kept=takes_biases(x, self.training)))
         a = activate(x, blocks[0].activation, blocks[0].approximate)
         for block, requests in zip(blocks, by_block, strict=True):
             x, a = block(x, a, [next(prepared) for _ in requests])

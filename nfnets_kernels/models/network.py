@@ -176,7 +176,7 @@ class NormalizerFreeNet(nn.Module):
         """
         tapped, separate = features is not None, takes_biases(x, self.training)
         stem, first = self.stem_convolutions(), self.stages()[0][0]
-        given = prepare_together([Request(conv) for conv in stem], x)
+        given = prepare_together([Request(conv) for conv in stem], x, kept=separate)
         # Behind a projection nothing but a of the stem's output is used, unless a hook looks at it.
         unseen = not tapped and first.conv_shortcut is not None and not first._forward_pre_hooks
         bias = take_bias(stem[-1], given, -1) if separate and unseen else None
@@ -187,7 +187,7 @@ class NormalizerFreeNet(nn.Module):
         for stage, blocks in enumerate(self.stages(), start=1):
             by_block = [block.requests() for block in blocks]
             last = [Request(self.final_conv)] if self.final_conv is not None and stage == STAGES else []
-            given = prepare_together([request for block in by_block for request in block] + last, a)
+            given = prepare_together([request for block in by_block for request in block] + last, a, kept=separate)
             prepared = iter(given)
             for block, requests in zip(blocks, by_block, strict=True):
                 h, a = self._run_block(block, h, a, [next(prepared) for _ in requests])

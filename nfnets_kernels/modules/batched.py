@@ -37,8 +37,11 @@ def standardize_in_groups(requests: Sequence[Request], input: Tensor | None) -> 
     return [prepared[index] for index in range(len(requests))]
 
 
-def prepare_together(requests: Sequence[Request], input: Tensor) -> list[Prepared | None]:
-    """What the layers compute with, in one pass for those that do not hold it; None where a layer keeps its own."""
+def prepare_together(requests: Sequence[Request], input: Tensor, kept: bool = False) -> list[Prepared | None]:
+    """What the layers compute with, in one pass for those that do not hold it.
+
+    None where a layer keeps its own from earlier passes, unless `kept` is wanted too, and where it makes it by itself.
+    """
     prepared: list[Prepared | None] = [
         layer.held(skip_gain, alpha) if isinstance(layer, Standardized) else None
         for layer, skip_gain, alpha in requests
@@ -46,15 +49,20 @@ def prepare_together(requests: Sequence[Request], input: Tensor) -> list[Prepare
     missing = [i for i, request in enumerate(requests) if prepared[i] is None and _is_wanted(request)]
     for index, pair in zip(missing, standardize_in_groups([requests[i] for i in missing], input), strict=True):
         prepared[index] = pair
+    for index, (layer, skip_gain, alpha) in enumerate(requests if kept else ()):
+        if prepared[index] is None and _is_ready(layer):
+            prepared[index] = layer.standardized(input, skip_gain, alpha)
     return prepared
 
 
 def _is_wanted(request: Request) -> bool:
     layer = request.layer
-    if not isinstance(layer, Standardized) or layer.keeps_standardized():
-        return False
+    return _is_ready(layer) and not layer.keeps_standardized()
+
+
+def _is_ready(layer: nn.Module) -> bool:
     # Under fully_shard a layer has whole parameters while it is called, which is too late here.
-    return _has_its_parameters(layer) and not is_sharded(layer.weight)
+    return isinstance(layer, Standardized) and _has_its_parameters(layer) and not is_sharded(layer.weight)
 
 
 def _has_its_parameters(layer: Standardized) -> bool:
