@@ -14,6 +14,7 @@ from nfnets_kernels.optim import AGC, SGD_AGC, param_groups
 from .agc_cases import loss
 from .module_helpers import on_one_thread
 from .optimizer_cases import LR, ClippedSGD, assert_same_parameters, backward, net, train
+from .tolerances import relative_bound
 
 one_thread = pytest.fixture(on_one_thread, autouse=True)
 
@@ -32,9 +33,14 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def assert_compiled_steps_are_eager(
-    make: Callable[[nn.Module], Optimizer], compiler: str, *, fullgraph: bool = True, statistics: bool = False
+    make: Callable[[nn.Module], Optimizer],
+    compiler: str,
+    *,
+    fullgraph: bool = True,
+    statistics: bool = False,
+    bound: float = 0.0,
 ) -> None:
-    """Bit for bit, states and statistics too; lr changes."""
+    """Bit for bit or within a relative bound, states and statistics too; lr changes."""
     model = net(torch.float32)
     twin = copy.deepcopy(model)
     optimizer, eager = make(model), make(twin)
@@ -45,11 +51,12 @@ def assert_compiled_steps_are_eager(
         backward(model, optimizer)
         compiled()
         train(twin, eager, 1)
-    assert_same_parameters(model, twin)
+    assert_same_parameters(model, twin, rtol=bound, atol=bound)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert optimizer.state[p].keys() == eager.state[q].keys()
         for key, state in optimizer.state[p].items():
-            assert torch.equal(torch.as_tensor(state), torch.as_tensor(eager.state[q][key])), key
+            expected = torch.as_tensor(eager.state[q][key])
+            torch.testing.assert_close(torch.as_tensor(state), expected, rtol=bound, atol=bound, msg=key)
     if statistics:
         assert repr(optimizer.stats()) == repr(eager.stats())
         assert optimizer.stats()[0].steps == 3
@@ -164,4 +171,6 @@ def test_an_agc_around_an_optimizer_is_compiled():
     def make(model: nn.Module) -> Optimizer:
         return AGC(torch.optim.SGD(param_groups(model), LR, momentum=0.9), statistics=True)
 
-    assert_compiled_steps_are_eager(make, "aot_eager", fullgraph=False, statistics=True)
+    # Compiled beside torch 2.11, torch's own SGD rounds its products in another place, once in each of the three steps.
+    bound = relative_bound(torch.float32, ulps=3.0)
+    assert_compiled_steps_are_eager(make, "aot_eager", fullgraph=False, statistics=True, bound=bound)
