@@ -1,4 +1,4 @@
-"""The biases of a network's convolutions, which the passes after them add in training: nothing else may change."""
+"""The biases of a network's convolutions, which on a GPU the passes after them add: nothing else may change."""
 
 import contextlib
 from unittest import mock
@@ -50,11 +50,17 @@ def images(dtype=torch.float64):
 
 
 @contextlib.contextmanager
-def separately(separate=True):
-    """Convolutions add their biases themselves; or never, as on a GPU."""
+def taking_biases(taking=True):
+    """Activations add the biases of convolutions, as on a GPU; or not, as on a CPU."""
     with contextlib.ExitStack() as stack:
         for module in (blocks, network, nfnet):
-            stack.enter_context(mock.patch.object(module, "takes_biases", lambda *_: not separate))
+            stack.enter_context(mock.patch.object(module, "takes_biases", lambda _: taking))
+        yield
+
+
+@pytest.fixture
+def as_on_a_gpu():
+    with taking_biases():
         yield
 
 
@@ -82,25 +88,25 @@ def convolution_biases():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_same_outputs_and_gradients(name):
+def test_same_outputs_and_gradients(as_on_a_gpu, name):
     model, x = make(name), images()
     together = results(model, x)
-    with separately():
+    with taking_biases(False):
         torch.testing.assert_close(together, results(model, x))
 
 
 @pytest.mark.parametrize("name", ["NF-ResNet", "NFNet"])
-def test_same_features(name):
+def test_same_features(as_on_a_gpu, name):
     model, x = make(name, features_only=True), images()
     together = results(model, x)
-    with separately():
+    with taking_biases(False):
         torch.testing.assert_close(together, results(model, x))
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), together[: len(model.feature_info)])
 
 
 @pytest.mark.parametrize("name", ["NF-ResNet", "NFNet", "NF-RegNet"])
-def test_same_outputs_and_gradients_with_checkpoints_and_an_owner(name):
+def test_same_outputs_and_gradients_with_checkpoints_and_an_owner(as_on_a_gpu, name):
     model, x = make(name), images()
     alone = results(model, x)
     model.set_grad_checkpointing()
@@ -110,16 +116,24 @@ def test_same_outputs_and_gradients_with_checkpoints_and_an_owner(name):
 
 
 @pytest.mark.parametrize(("name", "gated"), [("NF-ResNet", False), ("NFNet", True), ("NF-RegNet", True)])
-def test_convolutions_add_a_bias_only_before_a_gate(name, gated):
-    """In training; in inference on a CPU every convolution adds its own, which oneDNN does for nothing."""
+def test_convolutions_add_a_bias_only_before_a_gate(as_on_a_gpu, name, gated):
+    """In inference on a CPU every convolution adds its own, which oneDNN does for nothing."""
     model, x = make(name, torch.float32), images(torch.float32)
     with convolution_biases() as biases:
         model(x)
     assert sum(bias is not None for bias in biases) == (len(model.blocks) if gated else 0)
-    with convolution_biases() as biases, torch.no_grad():
+    with taking_biases(False), convolution_biases() as biases, torch.no_grad():
         model.eval()(x)
     assert biases
     assert all(bias is not None for bias in biases)
+
+
+def test_on_a_cpu_the_last_pass_of_a_block_adds_biases_in_training():
+    model, x = make("NF-ResNet", torch.float32), images(torch.float32)
+    with convolution_biases() as biases:
+        model(x)
+    last = sum(1 if block.conv_shortcut is None else 2 for block in model.blocks)
+    assert sum(bias is None for bias in biases) == last
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -129,7 +143,7 @@ def test_inference_as_on_a_gpu(name):
     with torch.no_grad():
         expected = model(x)
         for _ in range(2):
-            with separately(False), convolution_biases() as biases:
+            with taking_biases(), convolution_biases() as biases:
                 torch.testing.assert_close(model(x), expected)
     gated = 0 if model.blocks[0].se is None else len(model.blocks)
     assert sum(bias is not None for bias in biases) == gated
@@ -149,7 +163,7 @@ def test_compiled_convolutions_keep_their_biases():
 
 
 @pytest.mark.parametrize("name", ["NF-ResNet", "NFNet", "NF-RegNet"])
-def test_hooks_see_what_a_convolution_returns_in_inference(name):
+def test_hooks_see_what_a_convolution_returns_in_inference(as_on_a_gpu, name):
     model, x = make(name), images()
     layers = [module for module in model.modules() if isinstance(module, nfk.WSConv2d)]
     seen = []
@@ -164,7 +178,7 @@ def test_hooks_see_what_a_convolution_returns_in_inference(name):
 
 
 @pytest.mark.parametrize("name", ["NF-ResNet", "NFNet"])
-def test_signal_metrics_of_training_are_those_of_inference(name):
+def test_signal_metrics_of_training_are_those_of_inference(as_on_a_gpu, name):
     model, x = make(name), images()
     torch.testing.assert_close(dict(signal_propagation(model, x)), dict(signal_propagation(model.eval(), x)))
 
@@ -173,20 +187,20 @@ def test_a_block_by_itself():
     block = make("NF-ResNet").blocks[0]
     h = channels_last(randn((2, block.conv0.in_channels, 8, 8), torch.float64))
     both = []
-    for context in (contextlib.nullcontext(), separately()):
+    for context in (taking_biases(), taking_biases(False)):
         with context:
             outputs = block(h, h.relu())
             both.append([*outputs, *torch.autograd.grad(outputs[1].square().sum(), block.conv0.bias)])
     torch.testing.assert_close(*both)
 
 
-def test_a_layer_without_a_bias_and_a_pruned_one():
+def test_a_layer_without_a_bias_and_a_pruned_one(as_on_a_gpu):
     model, x = make("NF-ResNet"), images()
     block = model.blocks[1]
     block.conv0.bias = None
     prune.custom_from_mask(block.conv1, "weight", (torch.rand_like(block.conv1.weight) > 0.5).double())
     together = model(x)
-    with separately():
+    with taking_biases(False):
         torch.testing.assert_close(together, model(x))
 
 

@@ -165,7 +165,7 @@ class AcceleratedStage(nn.Sequential):
         blocks: list[Any] = list(self)
         by_block = [block.requests() for block in blocks]
         wanted = [request for requests in by_block for request in requests]
-        prepared = iter(prepare_together(wanted, x, kept=takes_biases(x, self.training)))
+        prepared = iter(prepare_together(wanted, x, kept=takes_biases(x)))
         a = activate(x, blocks[0].activation, blocks[0].approximate)
         for block, requests in zip(blocks, by_block, strict=True):
             x, a = block(x, a, [next(prepared) for _ in requests])

@@ -174,7 +174,7 @@ class NormalizerFreeNet(nn.Module):
         of the last stages can then be reduced while the first ones are still being computed. Where a
         `BatchedWeightStandardization` owns the model, the layers hold theirs already.
         """
-        tapped, separate = features is not None, takes_biases(x, self.training)
+        tapped, separate = features is not None, takes_biases(x)
         stem, first = self.stem_convolutions(), self.stages()[0][0]
         given = prepare_together([Request(conv) for conv in stem], x, kept=separate)
         # Behind a projection nothing but a of the stem's output is used, unless a hook looks at it.

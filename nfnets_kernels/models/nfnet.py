@@ -153,7 +153,7 @@ class NFNet(NormalizerFreeNet):
         *inner, last = self.stem_convolutions()
         for index, conv in enumerate(inner):
             seen = tapped and index == len(inner) - 1
-            bias = take_bias(conv, given, index) if takes_biases(x, self.training) and not seen else None
+            bias = take_bias(conv, given, index) if takes_biases(x) and not seen else None
             feature = conv(x, prepared=given[index])
             x = activate(feature, self.activation, self.approximate, inplace=not seen, bias=bias)
         return feature, last(x, prepared=given[-1])
