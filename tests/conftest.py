@@ -52,6 +52,15 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def backend(target: str) -> Iterator[str]:
+    """The backend of a test's target, whose instruction set is selected while the test runs."""
+    from .helpers import serving  # not before `serve_extension`: it imports the package
+
+    with serving(target) as name:
+        yield name
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     """The vectors of the authors' own code (tests/data/README.md)."""

@@ -46,12 +46,6 @@ BACKENDS = available("residual", "relu")
 EVERY = [(key, backend) for key in ELEMENTWISE for backend in available("residual", key)]
 
 
-@pytest.fixture
-def backend(target):
-    with serving(target) as name:
-        yield name
-
-
 def activate(x, bias, key="relu", scale=1.7, **options):
     """The op with the activation of that key."""
     name, approximate = named(key)

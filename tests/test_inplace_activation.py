@@ -17,18 +17,11 @@ from .helpers import (
     assert_differentiable_twice,
     assert_same,
     randn,
-    serving,
     targets,
 )
 
 OFFERED = [("identity", -0.5), ("relu", 1.0), ("relu", 1.7), ("leaky_relu", 1.0), ("leaky_relu", 1.7)]
 CASES = [(name, gain, target) for name, gain in OFFERED for target in targets("scaled_activation", name)]
-
-
-@pytest.fixture
-def backend(target):
-    with serving(target) as name:
-        yield name
 
 
 def overwritten(x, name, gain, backend="auto"):

@@ -17,19 +17,12 @@ from .helpers import (
     channels_last,
     outputs_and_gradients,
     randn,
-    serving,
     targets,
 )
 
 TARGETS = targets("residual", "relu")
 # The output of the last does not tell the gradient: h must stay as it is.
 OPTIONS = [{}, {"alpha": 0.2, "scale": 1.7}, {"activation": "gelu", "scale": 0.5}]
-
-
-@pytest.fixture
-def backend(target):
-    with serving(target) as name:
-        yield name
 
 
 def overwritten(f, shortcut, bias=None, **options):

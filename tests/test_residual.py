@@ -51,12 +51,6 @@ FUSED = [key for key in ELEMENTWISE if backends.serving("residual", DEVICE, "aut
 RELU_TARGETS = targets("residual", "relu")
 
 
-@pytest.fixture
-def backend(target):
-    with serving(target) as name:
-        yield name
-
-
 @threads(1)
 def assert_results(f, shortcut, small, results, grad_h, grad_a, grads, *, key, scale, alpha):
     """The results are those of the float64 reference; a and the gradients belong to h as it was rounded."""

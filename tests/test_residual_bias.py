@@ -44,12 +44,6 @@ KEYS = ["relu", "gelu", "gelu_tanh", "silu"]
 SUBSETS = [(), ("skip_gain",), ("keep",), ("se",), SMALL]
 
 
-@pytest.fixture
-def backend(target):
-    with serving(target) as name:
-        yield name
-
-
 def small_inputs(f, names=(), dtype=None):
     """Random bias, and those of skip_gain, se and keep, that fit f."""
     others = residual_cases.small_inputs(f, names, dtype)

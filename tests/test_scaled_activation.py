@@ -53,12 +53,6 @@ def keys_of(target):
     return [key for key, serving_it in CASES if serving_it == target]
 
 
-@pytest.fixture
-def backend(target):
-    with serving(target) as name:
-        yield name
-
-
 def activate(x, key, **options):
     name, approximate = named(key)
     return scaled_activation(x, name, approximate=approximate, **options)

@@ -142,9 +142,10 @@ class ResidualBlock(nn.Module):
     def _inner(self, a: Tensor, given: list[Prepared | None]) -> Tensor:
         """Input of the last convolution."""
         *inner, _ = self.convolutions()
+        separate = takes_biases(a)
         for index, conv in enumerate(inner):
             gated = index == len(inner) - 1 and self.has_inner_gate()
-            bias = take_bias(conv, given, index) if takes_biases(a) and not gated else None
+            bias = take_bias(conv, given, index) if separate and not gated else None
             f = conv(a, prepared=given[index])
             if gated:
                 pooled, f = pool_through(f)

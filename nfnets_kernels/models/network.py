@@ -175,7 +175,8 @@ class NormalizerFreeNet(nn.Module):
         `BatchedWeightStandardization` owns the model, the layers hold theirs already.
         """
         tapped, separate = features is not None, takes_biases(x)
-        stem, first = self.stem_convolutions(), self.stages()[0][0]
+        stem, stages = self.stem_convolutions(), self.stages()
+        first = stages[0][0]
         given = prepare_together([Request(conv) for conv in stem], x, kept=separate)
         # Behind a projection nothing but a of the stem's output is used, unless a hook looks at it.
         unseen = not tapped and first.conv_shortcut is not None and not first._forward_pre_hooks
@@ -184,7 +185,7 @@ class NormalizerFreeNet(nn.Module):
         if features is not None:
             features.append(feature)
         a = activate(h, self.activation, self.approximate, inplace=unseen, bias=bias)
-        for stage, blocks in enumerate(self.stages(), start=1):
+        for stage, blocks in enumerate(stages, start=1):
             by_block = [block.requests() for block in blocks]
             last = [Request(self.final_conv)] if self.final_conv is not None and stage == STAGES else []
             given = prepare_together([request for block in by_block for request in block] + last, a, kept=separate)

@@ -151,9 +151,10 @@ class NFNet(NormalizerFreeNet):
     def forward_stem(self, x: Tensor, given: list[Prepared | None], tapped: bool) -> tuple[Tensor, Tensor]:
         """Four convolutions with activations between; the feature is the third one's output."""
         *inner, last = self.stem_convolutions()
+        separate = takes_biases(x)
         for index, conv in enumerate(inner):
             seen = tapped and index == len(inner) - 1
-            bias = take_bias(conv, given, index) if takes_biases(x) and not seen else None
+            bias = take_bias(conv, given, index) if separate and not seen else None
             feature = conv(x, prepared=given[index])
             x = activate(feature, self.activation, self.approximate, inplace=not seen, bias=bias)
         return feature, last(x, prepared=given[-1])

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import scalar, widened
+from .launch import ceil_div, scalar, widened
 from .norms import combine, joined, root, term
 from .table import COUNT, LENGTH, STEP, TILE, Table, Variant, is_aligned, pointer, row_of_program, variant_of
 
@@ -140,12 +140,12 @@ class Plan:
 
 def _short_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:
     """Own columns of a tensor's row, and its programs."""
-    return [], triton.cdiv(count, variant.units)
+    return [], ceil_div(count, variant.units)
 
 
 def _long_row(count: int, length: int, variant: Variant) -> tuple[list[int], int]:
-    tiles = triton.cdiv(length, TILE.value * _MOST_PARTS.value)
-    parts = triton.cdiv(length, TILE.value * tiles)
+    tiles = ceil_div(length, TILE.value * _MOST_PARTS.value)
+    parts = ceil_div(length, TILE.value * tiles)
     return [parts, tiles], count * parts
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ACCESS_BYTES, TRITON_DTYPES, launch
+from .launch import ACCESS_BYTES, TRITON_DTYPES, ceil_div, launch
 
 # Elements of a tile: with 4 warps a thread holds 32 of each tensor, and the tail's 4. With addresses and masks some 128
 # registers, so that 4 blocks share a multiprocessor and have up to 140 KB in flight; 25 KB hide an H200's latency.
@@ -64,7 +64,7 @@ def _tiling(length: int, wide: bool) -> tuple[int, int]:
     if length == 1:
         return 1, _SINGLES
     tile = TILE.value // 2 if wide else TILE.value
-    block = max(_SHORTEST_BLOCK, triton.next_power_of_2(triton.cdiv(8 * length, 9)))
+    block = max(_SHORTEST_BLOCK, triton.next_power_of_2(ceil_div(8 * length, 9)))
     return (block, tile // block) if block <= tile else (0, 1)
 
 

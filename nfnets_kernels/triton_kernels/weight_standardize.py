@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import at_least, narrowed, quotient, scalar, square_root, widened
+from .launch import at_least, ceil_div, narrowed, quotient, scalar, square_root, widened
 from .table import (
     COUNT,
     LENGTH,
@@ -267,7 +267,7 @@ def _build(structure: tuple[Weight, ...], device: torch.device) -> Table:
     of_weight = [variant_of(w.fan_in, w.units, w.dtype, w.other_dtype, w.aligned, w.permuted) for w in structure]
     bits = np.array([w.scale for w in structure], dtype=np.float64).view(np.int64).tolist()
     rows = [[w.units, w.fan_in, scale, w.inner] for w, scale in zip(structure, bits, strict=True)]
-    programs = [triton.cdiv(w.units, variant.units) for w, variant in zip(structure, of_weight, strict=True)]
+    programs = [ceil_div(w.units, variant.units) for w, variant in zip(structure, of_weight, strict=True)]
     return Table(of_weight, rows, programs, _POINTERS.value, device)
 
 
